@@ -128,6 +128,13 @@ def check_range(name: str, index: Tensor, end: int) -> None:
         raise ValueError(f"{name}: got {outside[:3].tolist()}, expected values in 0..{end - 1}")
 
 
+def check_one_device(names: str, one: Tensor, other: Tensor) -> None:
+    """Refuse two tensors, by their names, that are not on one device."""
+    if one.device != other.device:
+        got = f"values on {one.device} and {other.device}"
+        raise ValueError(f"{names}: got {got}, expected both on one device")
+
+
 def check_kept(kept: Sequence[int], num_experts: int, k: int = 1) -> None:
     """Refuse experts to keep that are not there, or fewer than K."""
     is_legal = [*kept] == sorted({*kept} & {*range(num_experts)})

@@ -115,9 +115,9 @@ def moefy(
               weights of 1 at K = 1 and does not balance its load, as in :class:`MoEConv`.
             - ``"plain"``: independent experts of the same form, drawn anew.
         router_input: what the routers of convs see, as in :class:`MoEConv` (default ``None``).
-        mix: the ``"outputs"`` of K experts (default); or of linear layers and MLPs that ``targets``
-            names the ``"weights"``, by ``ByType(..., batch=)`` or ``FromInput(..., batch=)``:
-            :class:`gmoe.mixed.MixedWeights`.
+        mix: the ``"outputs"`` of K experts (default); or of linear layers and MLPs the
+            ``"weights"``, by ``ByType`` or ``FromInput``, with ``batch=`` for rows (T, D) of
+            several groups: :class:`gmoe.mixed.MixedWeights`.
         router_kwargs: further arguments of the routers.
 
     Returns:
@@ -150,7 +150,8 @@ def moefy(
     start = resolved_start(start)
     check_choice("mix", mix, Mix)
     if mix == "weights":
-        _check_mixes(router, targets)
+        legal = "ByType or FromInput, which decide for groups of tokens"
+        check(isinstance(router, FromCall), "router", f"{router!r} with mix='weights'", legal)
 
     # 1. List the layers that can become MoE, and choose among them.
     candidates = _candidates(model, targets)
@@ -201,14 +202,6 @@ def moefy(
     if pyg is not None and any(isinstance(part, pyg.MessagePassing) for part in model.modules()):
         guard(model, layers.values())
     return model
-
-
-def _check_mixes(router: RouterLike, targets: str | Sequence[str] | None) -> None:
-    """Refuse to mix weights by a decision for each token, or in layers that nobody named."""
-    of_groups = isinstance(router, FromCall) and router.batch is not None
-    legal = "ByType or FromInput with batch=, which decide for groups of tokens"
-    check(of_groups, "router", f"{router!r} with mix='weights'", legal)
-    check(targets is not None, "targets", "None with mix='weights'", "patterns of names")
 
 
 # What to replace ----------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def merge(model: nn.Module, *args: object, **kwargs: object) -> nn.Module:
         decisions = {layer: [] for layer in layers}
         for layer, found in decisions.items():
             layer.router.register_forward_hook(partial(_record, found))
-        with evaluating(merged):
+        # A model may differentiate itself, for forces.
+        with evaluating(merged), torch.enable_grad():
             merged(*args, **kwargs)
 
     # 2. Put the mixture in the place of each layer.
@@ -129,7 +130,7 @@ def _check_call(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, ob
 def _record(found: list[Tensor], _: nn.Module, __: object, routing: Routing) -> None:
     """Add (G, E) the weights of a decision, as a hook of a router."""
     decided = routing if routing.by_group is None else routing.by_group.routing
-    found.append(decided.to_dense())
+    found.append(decided.to_dense().detach())
 
 
 def _only(weights: list[Tensor], name: str) -> Tensor:

@@ -31,7 +31,8 @@ class MixedWeights(Experts):
     This is the mixture of linear experts of `UMA <https://arxiv.org/abs/2506.23971>`_ (Wood et al.,
     2025). It costs what one expert costs, all experts learn from every token, and nothing has to be
     balanced. The decision has to be one for each group: from :class:`gmoe.routers.ByType` or
-    :class:`gmoe.routers.FromInput` with ``batch=``, or by :meth:`gmoe.Routing.expand`.
+    :class:`gmoe.routers.FromInput`, with ``batch=`` or of images (B, ..., I), or by
+    :meth:`gmoe.Routing.expand`.
 
     Args:
         experts: :class:`gmoe.LinearExperts` or :class:`gmoe.MLPExperts`, as they were built.

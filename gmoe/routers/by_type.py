@@ -6,7 +6,7 @@ Shapes: T tokens, G groups, E experts.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,7 +62,6 @@ class ByType(FromCall):
     """
 
     values: Sequence[int]
-    _others: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,15 +75,15 @@ class ByType(FromCall):
             "distinct integers, one for each expert",
         )
         object.__setattr__(self, "values", tuple(map(int, self.values)))
-        # Once: compiled code takes no text that it would have to put together.
-        others = f"{self.argument}: got other types, expected some of {[*self.values]}"
-        object.__setattr__(self, "_others", others)
 
     def experts_of(self, *, num_experts: int | None, model: nn.Module | None = None) -> int:
         expected = len(self.values)
         legal = f"{expected}, one for each value of the router"
         check(num_experts in (None, expected), "num_experts", num_experts, legal)
         return expected
+
+    def k_of(self, *, num_experts: int) -> int:
+        return 1 if self.batch is None else num_experts
 
     def decide(self, value: Any, batch_T: Any, takes_others: bool, model: nn.Module) -> Routing:
         if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
@@ -100,7 +99,7 @@ class ByType(FromCall):
         is_known_T = is_type_TE.any(dim=1)
         if not takes_others:
             self._check_known(type_T, is_known_T)
-        group_T = self.group_of(batch_T)
+        group_T = self.group_of(batch_T, type_T)
         if self.batch is not None and group_T is None and type_T.size(0) != 1:
             group_T = torch.zeros_like(type_T)
         if group_T is not None and group_T.size(0) == type_T.size(0):
@@ -132,7 +131,8 @@ class ByType(FromCall):
     def _check_known(self, type_T: Tensor, is_known_T: Tensor) -> None:
         """Refuse types without an expert."""
         if not readable(type_T):
-            assert_async(is_known_T.all(), self._others)
+            message = f"{self.argument}: got other types, expected some of {self.values}"
+            assert_async(is_known_T.all(), message)
         elif not is_known_T.all():
             others = sorted({*type_T[~is_known_T].tolist()})
             raise ValueError(

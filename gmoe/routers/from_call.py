@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from gmoe._autograd import refuse_transforms
-from gmoe._checks import INTEGERS, check, check_module, described, readable
+from gmoe._checks import INTEGERS, check, check_module, check_one_device, described, readable
 from gmoe._torch import (
     NO_BACKWARD,
     backward_number,
@@ -55,14 +55,14 @@ class FromCall(ABC):
     def experts_of(self, *, num_experts: int | None, model: nn.Module | None = None) -> int:
         """E, for the number that was asked for; ``None`` leaves it to the router.
 
-        Args:
-            num_experts: that was asked for.
-            model: which may have such a router already (default ``None``).
-
         Raises:
-            ValueError: a number that the router cannot have.
+            ValueError: a number that the router cannot have, or that ``model`` decided already.
         """
         return DEFAULT_EXPERTS if num_experts is None else num_experts
+
+    def k_of(self, *, num_experts: int) -> int:
+        """K, the most experts that a decision has."""
+        return num_experts
 
     @abstractmethod
     def decide(self, value: Any, batch_T: Any, takes_others: bool, model: nn.Module) -> Routing:
@@ -117,11 +117,11 @@ class FromCall(ABC):
         """Take away what :meth:`attach` put into a model."""
         remove_forward_hooks(model, (_Decide, _Forget))
 
-    def group_of(self, batch_T: Any) -> Tensor | None:
+    def group_of(self, batch_T: Any, value: Tensor) -> Tensor | None:
         """(T,) the group of each token; ``None`` if all are of one group.
 
         Raises:
-            ValueError: no integers.
+            ValueError: no integers, or not on the device of what decides.
         """
         if batch_T is None:
             return None
@@ -130,6 +130,7 @@ class FromCall(ABC):
                 f"{self.batch}: got {described(batch_T)}, expected integers, the group of each "
                 "token"
             )
+        check_one_device(f"{self.argument}, {self.batch}", value, batch_T)
         return batch_T.reshape(-1).long()
 
     def of_groups(self, routing: Routing, group_T: Tensor | None) -> Routing:
@@ -170,7 +171,7 @@ class CallRouter(Router):
     can_shrink = False
 
     def __init__(self, dim: int, source: FromCall, num_experts: int) -> None:
-        super().__init__(dim, num_experts=num_experts, k=1 if source.batch is None else num_experts)
+        super().__init__(dim, num_experts=num_experts, k=source.k_of(num_experts=num_experts))
         self.source = source
         self._calls: _Calls | None = None
 
@@ -187,6 +188,7 @@ class CallRouter(Router):
                 f"{type(self.source).__name__}.attach was applied (and of which no part alone is "
                 "compiled); in a checkpoint, a call with tensors, of a model that is not compiled"
             )
+        check_one_device(f"{name}, model", routing.scores, x_TD)
         decided, num_tokens = routing.num_tokens, x_TD.size(0)
         if self.source.batch is not None and routing.by_group is None:  # one group for all
             return routing.expand(torch.zeros(num_tokens, dtype=torch.int64, device=x_TD.device))
@@ -236,11 +238,9 @@ def decided_from(model: nn.Module, told: Mapping[str, Any]) -> dict[Router | Non
         name, value = hook.source.argument, hook.value.given((), told)
         others = ", ".join(told)
         check(hook.value.name in told, name, f"nothing beside {others}", "all that routers read")
-        device = next(part.parameters()).device
-        place = getattr(value, "device", device)
-        check(place == device, name, f"values on {place}", f"ones on {device}, as the model")
         with torch.no_grad():
             routing = hook.source.decide(value, None, hook.takes_others, part)
+        check_one_device(f"{name}, model", routing.scores, next(part.parameters()))
         # Several types without groups: of a composition, or of several sources.
         number = len(torch.atleast_1d(value).unique(dim=0))
         legal = "one, for one group; for a composition, a call of the model by position"

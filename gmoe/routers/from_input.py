@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import autocasts
-from gmoe._checks import check, check_counts, described, readable
+from gmoe._checks import check, check_counts, check_one_device, described, readable
 from gmoe._torch import forward_hooks
 from gmoe.routers.base import at_least_float32
 from gmoe.routers.from_call import Argument, FromCall, routers_of
@@ -37,7 +37,7 @@ class FromInput(FromCall):
 
     Args:
         argument: the name of the argument, or ``"data.NAME"`` for an attribute of one; it holds a
-            vector (G, D) for each group, or, without ``batch``, (T, D) for each token.
+            vector (G, D) for each group, or, without ``batch``, for each token or image.
         dim: D.
         batch: the name of the argument that holds the group of each token, PyG's ``batch``; if the
             model is called with ``None``, all tokens are one group.
@@ -106,12 +106,14 @@ class FromInput(FromCall):
         if readable(value) and not value.isfinite().all():
             raise ValueError(f"{self.argument}: got NaN or infinity, expected finite numbers")
         network = model.get_submodule(self._name)
+        parameter = next(network.parameters())
+        check_one_device(f"{self.argument}, model", value, parameter)
         has_autocast = autocasts(value.device)
         with torch.autocast(value.device.type, enabled=False) if has_autocast else nullcontext():
-            logits_GE = network(value.to(next(network.parameters()).dtype))
+            logits_GE = network(value.to(parameter.dtype))
             # In half precision the weights would not sum to 1.
             routing = Routing.to_all(torch.softmax(at_least_float32(logits_GE), dim=-1))
-        group_T = self.group_of(batch_T)
+        group_T = self.group_of(batch_T, value)
         if self.batch is not None and group_T is None:
             got = f"{value.size(0)} vectors without a {self.batch}"
             check(value.size(0) == 1, self.argument, got, "one, for one group")

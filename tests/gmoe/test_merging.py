@@ -462,7 +462,7 @@ VECTOR = sources.systems()[:1]
         ),
         (sources.BY_SOURCE, {"source": ONE.double()}, "source: got shape .* of torch.float64, ex"),
         (sources.BY_SOURCE, {"source": ONE + 1}, r"source: got types \[8\] without an expert"),
-        (sources.BY_SOURCE, {"source": ONE.to("meta")}, "source: got values on meta, expected on"),
+        (sources.BY_SOURCE, {"source": ONE.to("meta")}, "source, model: got values on meta"),
         (sources.BY_SOURCE, {"system": VECTOR}, "model: got a call of Net with system .*, expect"),
         (sources.BY_SOURCE, {"sorce": ONE}, "model: got a call of Net with sorce .*, expected a"),
         (sources.BY_SOURCE, {}, "model: got a call of Net with nothing .*, expected a whole one"),
@@ -476,7 +476,7 @@ VECTOR = sources.systems()[:1]
         (sources.BY_VECTOR, {"system": VECTOR[0]}, "system: got .*, expected a vector of 3 floats"),
         (sources.BY_VECTOR, {"system": VECTOR.long()}, "system: got .*, expected a vector of 3"),
         (sources.BY_VECTOR, {"system": VECTOR / 0}, "system: got NaN or infinity"),
-        (sources.BY_VECTOR, {"system": VECTOR.to("meta")}, "system: got values on meta, expected"),
+        (sources.BY_VECTOR, {"system": VECTOR.to("meta")}, "system, model: got values on meta"),
         ("uniform", {"source": ONE}, "model: got a call of Net with source .*, expected a whole"),
     ],
 )

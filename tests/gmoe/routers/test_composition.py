@@ -171,11 +171,13 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=rf"^batch: got .*, expected {legal}"):
             net()(features(), Z, batch=batch)
-    by_atom, by_molecule = ByType("z", VALUES), ByType("z", VALUES, batch="batch")
+    with pytest.raises(ValueError, match="routing: got a decision for each token, expected one"):
+        gmoe.moefy(Net(), targets="lin*", router=ByType("z", VALUES), mix="weights")(
+            features().float(), Z
+        )
+    by_molecule = ByType("z", VALUES, batch="batch")
     for options, message in (
-        ({"router": by_atom, "targets": "lin*"}, r"router: got ByType.* with mix='weights', exp"),
         ({"router": "token_choice", "targets": "lin*"}, r"router: got 'token_choice' with mix='we"),
-        ({"router": by_molecule}, "targets: got None with mix='weights', expected pat"),
         ({"router": by_molecule, "targets": "lin*", "router_input": "node"}, "router_input: got"),
         ({"router": by_molecule, "targets": "lin*", "mix": "sum"}, "mix: got 'sum', expected"),
     ):

@@ -410,3 +410,72 @@ def test_a_traced_model_decides_for_molecules_of_other_sizes(router: Any, mix: s
     for sizes in ((2, 3, 2), (1, 1, 9), (6, 5, 4)):
         args = call(*sizes)
         torch.testing.assert_close(traced(*args), model(*args), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+@pytest.mark.parametrize("moved", ["told", "batch", "both"])
+@pytest.mark.parametrize("router", [BY_SOURCE, BY_VECTOR, BY_COMPOSITION, BY_ATOM])
+def test_what_lies_on_another_device_is_named(router: Any, moved: str, mix: str) -> None:
+    """In one sentence, before torch says it of an operator."""
+    if router is BY_ATOM and (mix == "weights" or moved == "batch"):
+        return  # it has no batch
+    if router is BY_COMPOSITION and moved == "both":
+        return  # meta tensors have no torch.unique
+    is_by_atom = router in (BY_ATOM, BY_COMPOSITION)
+    told = {"source": SOURCE[BATCH] if is_by_atom else SOURCE, "system": systems(), "batch": BATCH}
+    for name in told:
+        if moved == "both" or (name == "batch") == (moved == "batch"):
+            told[name] = told[name].to("meta")
+    names = f"{router.argument}, batch" if router.batch else router.argument
+    with pytest.raises(ValueError, match=rf"^({names}|{router.argument}, model): got values on "):
+        net(router, mix)(atoms(), **told)
+
+
+@pytest.mark.parametrize(
+    ("router", "k"),
+    [
+        (BY_ATOM, 1),
+        (BY_COMPOSITION, 4),
+        (BY_VECTOR, 8),
+        (FromInput("system", dim=DIM), 8),  # it counted as one
+    ],
+)
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+def test_a_layer_counts_the_experts_that_run(router: Any, k: int, mix: str) -> None:
+    model = net(router, mix)
+    assert model.lin1.k == k
+    assert model.lin1.experts_per_token == (k if mix == "outputs" else 1)
+    if mix == "outputs" and k > 1:
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        assert gmoe.active_parameters(model) == everything
+
+
+class OfForces(Net):
+    """It differentiates itself, as PyG's ``ViSNet(derivative=True)`` does."""
+
+    def forward(
+        self, x: Tensor, batch: Any = None, source: Any = None, *, system: Any = None
+    ) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        energy = super().forward(x).square().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("as_call", [False, True])
+@pytest.mark.parametrize("mix", ["weights", "outputs"])
+@pytest.mark.parametrize("shape", [(4, 5, 4), (4, 2, 3, 4)])
+@pytest.mark.parametrize("router", [ByType("source", SOURCES), FromInput("system", dim=DIM)])
+def test_images_need_no_number_each(router: Any, shape: Any, mix: str, as_call: bool) -> None:
+    """Their tokens have the decision of the image, also in a model that merge has to call."""
+    model = net(router, mix, model=OfForces()).eval()
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    out = model(x, source=SOURCE, system=systems())
+    for image, own in enumerate(x):
+        told = {"source": SOURCE[image : image + 1], "system": systems()[image : image + 1]}
+        one = {router.argument: told[router.argument]}
+        if mix == "outputs" and isinstance(router, FromInput):
+            torch.testing.assert_close(model(own[None], **told)[0], out[image])
+            continue
+        with torch.no_grad():
+            merged = gmoe.merge(model, own[None], **one) if as_call else gmoe.merge(model, **one)
+        torch.testing.assert_close(merged(own[None])[0], out[image], rtol=0, atol=1e-10)
