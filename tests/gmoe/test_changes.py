@@ -91,11 +91,11 @@ CONVS: dict[str, Callable[[], Any]] = {
     "CG": partial(pyg.CGConv, 8),
     "ClusterGCN": partial(pyg.ClusterGCNConv, 8, 8),
     "FeaSt": partial(pyg.FeaStConv, 8, 8, heads=2),
-    # Without an activation of their own, all share one, and each would have what others changed.
+    # Without an activation of their own, all of a class share one, and have what others changed.
     "FiLM": lambda: pyg.FiLMConv(8, 8, act=nn.ReLU()),
     "LE": partial(pyg.LEConv, 8, 8),
     "MF": partial(pyg.MFConv, 8, 8),
-    "ResGatedGraph": partial(pyg.ResGatedGraphConv, 8, 8),
+    "ResGatedGraph": lambda: pyg.ResGatedGraphConv(8, 8, act=nn.Sigmoid()),
     "TAG": partial(pyg.TAGConv, 8, 8, K=2),
     "General": partial(pyg.GeneralConv, 8, 8),
 }
