@@ -197,7 +197,7 @@ class Trial:
         self.budget = budget
 
     def trained(self, name: str) -> int:
-        """Splits of an arm that are begun."""
+        """Seeds of an arm that are begun."""
         path = self.arms[name].folder() / "config.json"
         return len(read_json(path, dict[str, Any]).get("seeds", ())) if path.exists() else 0
 
