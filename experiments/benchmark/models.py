@@ -18,16 +18,13 @@ from torch.nn import functional as F
 from torch_geometric import seed_everything
 from torch_geometric.data import Batch
 from torch_geometric.datasets import FakeDataset
-from torch_geometric.nn import GAT, GCN, GIN, GCNConv, GraphSAGE, HeteroLinear, global_mean_pool
+from torch_geometric.nn import GAT, GCN, GIN, GCNConv, GraphSAGE, global_mean_pool
 from torch_geometric.utils import to_undirected
 
 import gmoe
 from experiments.benchmark.measure import wait_for
-from experiments.train.data.forces import ELEMENTS
-from experiments.train.potential import ATOMWISE, Potential, atomwise
 from gmoe import GNNMoE, Graph, MoEConv, TokenChoice
 from gmoe.conv.kinds import factory_of
-from gmoe.routers import ByType, FromInput
 
 EXPERTS = 8
 """E of every layer with experts; K is 1."""
@@ -298,86 +295,6 @@ def sampled_row(
     }
 
 
-class ByHand(nn.Module):
-    """A layer a type, as people write it without experts: PyG's, or a loop over the types.
-
-    Args:
-        linear: the dense layer.
-        router: tells the types, of tokens or groups.
-        looped: run a loop.
-    """
-
-    def __init__(self, linear: nn.Linear, router: ByType, looped: bool) -> None:
-        super().__init__()
-        widths = (linear.in_features, linear.out_features)
-        self.router = router(linear.in_features, num_experts=len(router.values))
-        types = len(router.values)
-        self.layers: HeteroLinear | nn.ModuleList = HeteroLinear(*widths, types)
-        if looped:
-            self.layers = nn.ModuleList(nn.Linear(*widths) for _ in range(types))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, O) for (T, I)."""
-        type_T = self.router(x).scores.argmax(dim=1)
-        if isinstance(self.layers, HeteroLinear):
-            return self.layers(x, type_T)
-        order = [(type_T == one).nonzero()[:, 0] for one in range(len(self.layers))]
-        rows = [layer(x[own]) for layer, own in zip(self.layers, order, strict=True)]
-        return torch.cat(rows)[torch.cat(order).argsort()]
-
-
-def forces_row(
-    molecules: int = 32, atoms: tuple[int, int] = (8, 16), width: int = 64, sources: int = 4
-) -> Row:
-    """PyG's SchNet, whose forces are trained, and layers by element, by source, or by a mixture.
-
-    Molecules have ``atoms[0]`` to ``atoms[1]`` atoms.
-    """
-    fewest, most = atoms
-    size = torch.arange(molecules) % (most - fewest + 1) + fewest
-    batch = torch.arange(molecules).repeat_interleave(size)
-    place = torch.cat([torch.arange(count) for count in size.tolist()])
-    # On a grid of three columns, each moved a little.
-    pos = torch.stack([place % 3, place // 3 % 3, place // 9], dim=1) * 1.5
-    pos = pos + 0.2 * torch.randn(len(place), 3)
-    z = torch.tensor(ELEMENTS)[torch.arange(len(pos)) % len(ELEMENTS)]
-    source = torch.arange(molecules) % sources
-    system = F.one_hot(source, sources).float()
-    energy, force = torch.randn(molecules), torch.randn_like(pos)
-
-    def loss(model: nn.Module) -> Tensor:
-        given = pos.clone().requires_grad_()
-        found = model(z, given, batch, source=source, system=system, drawn=source)
-        (slope,) = torch.autograd.grad(found.sum(), given, create_graph=True)
-        return F.mse_loss(found, energy) + F.mse_loss(slope, -force)
-
-    own = Potential(width, energy_scale=1.0)
-    by_element = ByType("z", ELEMENTS)
-    by_source = ByType("source", range(sources), batch="batch")
-    learned = FromInput("system", dim=sources, batch="batch")
-
-    def by_hand(router: ByType, looped: bool) -> Variant:
-        model = copy.deepcopy(own)
-        for name in atomwise(model):
-            model.set_submodule(name, ByHand(model.get_submodule(name), router, looped))
-        router.attach(model)
-        return Variant(model, loss)
-
-    def with_experts(**options: Any) -> Variant:
-        model = copy.deepcopy(own)
-        return Variant(gmoe.moefy(model, targets=ATOMWISE, start="copies", **options), loss)
-
-    return {
-        "PyG": Variant(own, loss),
-        "PyG, HeteroLinear by element": by_hand(by_element, looped=False),
-        "PyG, a loop by source": by_hand(by_source, looped=True),
-        "gmoe, by element": with_experts(router=by_element),
-        "gmoe, by source": with_experts(router=by_source),
-        "gmoe, by source, weights": with_experts(router=by_source, mix="weights"),
-        "gmoe, learned mixture": with_experts(router=learned, mix="weights"),
-    }
-
-
 def vit_row(name: str, batch: int) -> Row:
     """A ViT of timm's, and the same with experts in every second block, in both starts."""
     import timm  # which graphs do without
@@ -404,7 +321,6 @@ ROWS: dict[str, Callable[[], Row]] = {
     "example-gcn": partial(example_row, EXAMPLE),
     **{f"molecules-{kind}": partial(molecule_row, kind) for kind in ("gine", "gcn")},
     "sampled-sage": sampled_row,
-    "forces": forces_row,
     "vit-tiny": partial(vit_row, "vit_tiny_patch16_224", 4),
     **{f"small-{kind}": partial(node_row, kind, SMALL) for kind in WHOLE_MODELS},
 }

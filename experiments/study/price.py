@@ -15,7 +15,7 @@ import gmoe
 from experiments.benchmark.measure import peak_bytes, take_turns
 from experiments.show.cells import read_prices
 from experiments.show.tables import markdown
-from experiments.study.running import why_not
+from experiments.study.running import tried
 from experiments.train.build import build_model
 from experiments.train.command_line import SPARSE
 from experiments.train.config import RunConfig
@@ -35,16 +35,14 @@ def price_cells(cells: Mapping[str, RunConfig], folder: Path) -> tuple[str, dict
     holds its price. Those of other cells stay.
     """
     prices = dict[str, dict[str, float]]()
-    failed = dict[str, str]()
-    for cell, config in cells.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", SPARSE)
-                prices[cell] = price(config)
-        except Exception as error:  # of this cell; the others go on
-            failed[cell] = why_not(error, config)
-        else:
-            write_json(folder / "prices.json", read_prices(folder) | prices)
+
+    def price_cell(cell: str, config: RunConfig) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", SPARSE)
+            prices[cell] = price(config)
+        write_json(folder / "prices.json", read_prices(folder) | prices)
+
+    failed = tried(cells, price_cell)
     return price_table(prices) if prices else "No cell has a price.", failed
 
 

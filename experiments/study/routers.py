@@ -23,20 +23,15 @@ from experiments.study.studies import Row, Study
 from experiments.train.checks import check
 from experiments.train.config import GraphConfig, RouterOptions, RunConfig
 from experiments.train.presets import (
-    ARXIV,
     DIGITS,
     DIGITS_GRAPH,
-    GRAPH,
     MINESWEEPER,
     MOSAIC,
-    PACS,
-    SMALL_VIT,
     TEN,
 )
 from experiments.train.scores import form_of, mean_std, percent
 from experiments.train.user_code import file_of, load_object
 
-THREE = (0, 1, 2)
 ROWS: dict[str, Row] = {
     "dense": Row(label="dense", changes={"router": "dense"}),
     "dense-flops": Row(
@@ -66,79 +61,43 @@ ROWS: dict[str, Row] = {
     "random": Row(label="frozen random", changes={"router": "random"}),
     "uniform": Row(label="uniform average", changes={"router": "uniform"}),
 }
-"""The rows. Dense models of equal cost are matched to token choice."""
+"""The rows. Dense models of equal cost are matched to token choice; no column is told a domain."""
 
 COLUMNS: dict[str, RunConfig] = {
     "digits": replace(DIGITS, seeds=TEN),
-    "cifar10": replace(SMALL_VIT, data_root=Path(), seeds=THREE),
-    "imagenette": replace(
-        SMALL_VIT,
-        dataset="imagenette",
-        data_root=Path(),
-        image_size=64,
-        patch=8,
-        epochs=15,
-        seeds=THREE,
-    ),
-    "pacs": replace(
-        PACS,
-        data_root=Path(),
-        experts=4,
-        dim=24,
-        vit_heads=2,
-        hidden=48,
-        precision="32-true",
-        seeds=THREE,
-    ),
     "digits-graph": replace(DIGITS_GRAPH, seeds=TEN),
     "mosaic": replace(MOSAIC, seeds=TEN),
     "minesweeper": replace(
         MINESWEEPER, hidden=16, epochs=200, data_root=Path("heterophilous"), seeds=TEN
     ),
-    "facebook": replace(GRAPH, hidden=16, eval_every=5, data_root=Path("facebook.npz"), seeds=TEN),
-    "arxiv": replace(
-        ARXIV,
-        layers=2,
-        hidden=64,
-        sampling="neighbor",
-        fanout=(10, 5),
-        epochs=5,
-        data_root=Path("planted"),
-        seeds=THREE,
-    ),
 }
 """The configuration of each data set's cells; data roots are inside that of the command line.
 
-Ten seeds or splits, three where a seed takes long. arxiv was planted, by commit e9668490. pacs has
-an expert a domain, and is a quarter as wide as imagenette, so that its 18 runs take 45
-core-minutes: at 96 wide a step took 0.5 s of one core.
+Ten seeds or splits.
 """
-LONG = ("cifar10", "imagenette")
-LEFT_OUT = ("dense-parameters", "k-means", "soft-slots", "uniform")
-"""Rows that the long columns leave out."""
-ONLY = {
-    "pacs": ("dense", "dense-flops", "token-choice", "expert-choice", "oracle", "random"),
-}
-"""Columns that have some rows alone. No other column has the oracle."""
+SHOWN = (
+    "digits",
+    "cifar10",
+    "imagenette",
+    "pacs",
+    "digits-graph",
+    "mosaic",
+    "minesweeper",
+    "facebook",
+    "arxiv",
+)
+"""Columns of the page; commit 2adfe9fb has the recipes of those that are no columns here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutersTable(Study):
-    """The same routers on images and graphs: what a column leaves out, or has in another form."""
-
-    def has_cell(self, column: str, row: str) -> bool:
-        """True if a column has a row."""
-        if column in ONLY:
-            return row in ONLY[column] or row not in ROWS
-        if isinstance(self.columns[column], GraphConfig) and row == "soft-slots":
-            return False
-        return row != "oracle" and not (column in LONG and row in LEFT_OUT)
+    """The same routers on images and graphs, and what graphs have in another form."""
 
     def config(self, column: str, row: str) -> RunConfig | None:
         """The configuration of a cell; ``None`` where the column leaves out the row."""
-        if not self.has_cell(column, row):
-            return None
         base = self.columns[column]
+        if row == "oracle" or (row == "soft-slots" and isinstance(base, GraphConfig)):
+            return None
         changes = dict(self.rows[row].changes)
         if changes["router"] != "dense" or "equal" in changes:  # a dense one equals that shape
             changes.setdefault("start", "shared")
@@ -195,7 +154,7 @@ def table(root: Path, router: str | None = None, k: int = 1) -> RoutersTable:
 
 def read_table(folder: Path) -> Cells:
     """The finished cells, in the order of columns and rows."""
-    return read_cells(folder, TABLE.columns, TABLE.rows)
+    return read_cells(folder, SHOWN, ROWS)
 
 
 def cell_tables(cells: Cells) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from experiments.show.cells import read_cells
 from experiments.train.checks import check
 from experiments.train.config import DATA_RECORDS, RunConfig
 from experiments.train.files import read_json
 from experiments.train.user_code import code_of, raised
+
+FILES = ("dataset", "data_root", "routing", "checkpoint")
+"""Options that say which files a cell reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,26 +82,69 @@ def run_cells(
     folder = config.results / name
     runs = config.runs if config.runs is not None else Path("runs") / name
     held = held_cells(cells, folder)
-    todo = list[tuple[str, RunConfig]]()
-    failed = dict[str, str]()
+    todo = dict[str, RunConfig]()
     for cell, given in cells.items():
         own = replace(given, out=runs / cell, resume=True, progress=config.progress)
         if cell not in held:
-            todo.append((cell, own))
+            todo[cell] = own
         elif why := refusal(cell, own, held[cell], folder):
             raise ValueError(why)
-    epochs = sum(len(own.seeds) * own.epochs for _, own in todo)
-    progress = Progress(epochs, config.progress)
-    for cell, own in todo:
+    epochs = {cell: len(own.seeds) * own.epochs for cell, own in todo.items()}
+    progress = Progress(sum(epochs.values()), config.progress)
+
+    def run_cell(cell: str, own: RunConfig) -> None:
+        label = {"label": labels[cell.partition("/")[2]]}
+        write_json(folder / f"{cell}.json", {**run(own, progress), **label})
+        finished(cell)
+
+    def leave_out(cell: str) -> None:
+        progress.skip(epochs[cell])
+        progress.finish(epochs[cell])
+
+    return tried(todo, run_cell, leave_out)
+
+
+def tried(
+    cells: Mapping[str, RunConfig],
+    call: Callable[[str, RunConfig], None],
+    leave_out: Callable[[str], None] = lambda _: None,
+) -> dict[str, str]:
+    """Call with each cell and its configuration, and return by cell why it could not be run.
+
+    Data that one cell lacks are not looked for again: a download would fail as often as it is
+    tried.
+    """
+    failed = dict[str, str]()
+    lacking = dict[tuple[Any, ...], FileNotFoundError]()
+    for cell, config in cells.items():
+        files = tuple(getattr(config, name, None) for name in FILES)
         try:
-            label = {"label": labels[cell.partition("/")[2]]}
-            write_json(folder / f"{cell}.json", {**run(own, progress), **label})
-            finished(cell)
+            if files in lacking:
+                raise lacking[files]
+            call(cell, config)
         except Exception as error:  # of this cell; the others go on
-            failed[cell] = why_not(error, own)
-            progress.skip(len(own.seeds) * own.epochs)
-            progress.finish(len(own.seeds) * own.epochs)
+            failed[cell] = why_not(error, config)
+            leave_out(cell)
+            if isinstance(error, FileNotFoundError) and not code_of(config):
+                lacking[files] = error
     return failed
+
+
+class Once(io.TextIOBase):
+    """A file that writes a line once: what loaders say of a data set, they say for each cell."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.begun = ""
+        self.said = set[str]()
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        for line in lines:
+            if line not in self.said:
+                self.said.add(line)
+                print(line, file=self.file, flush=True)
+        return len(text)
 
 
 def why_not(error: Exception, config: RunConfig) -> str:

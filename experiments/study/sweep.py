@@ -1,7 +1,7 @@
 """Run a study: ``python -m experiments.sweep STUDY [options]``.
 
     python -m experiments.sweep mine.py:STUDY --runs runs/again --results again
-    python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic facebook
+    python -m experiments.sweep routers --router mine.py:MyRouter --columns mosaic digits
     python -m experiments.sweep width --columns packages --price
     python -m experiments.sweep forces --data forces.npz
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from experiments.show.cells import read_prices, read_study, study_tables
 from experiments.study import routers
 from experiments.study.running import (
     ForcesConfig,
+    Once,
     SweepConfig,
     affordable,
     commits_of,
@@ -177,7 +179,8 @@ def main(args: Sequence[str] | None = None) -> None:
         fail(error)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        table, failed = run_study(study, config)
+        with redirect_stdout(Once(sys.stdout)):
+            table, failed = run_study(study, config)
     except KeyboardInterrupt as stopped:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
@@ -186,7 +189,8 @@ def main(args: Sequence[str] | None = None) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     print(table)
-    for cell, reason in failed.items():
-        print(f"{cell}: {reason}", file=sys.stderr)
+    for reason in dict.fromkeys(failed.values()):
+        cells = ", ".join(cell for cell, why in failed.items() if why == reason)
+        print(f"{cells}: {reason}", file=sys.stderr)
     if failed:
         sys.exit(1)

@@ -17,7 +17,6 @@ from experiments.train.config import (
     ImageConfig,
     MoleculeConfig,
     RunConfig,
-    TypedConfig,
 )
 from vision.recipe import Recipe
 
@@ -156,9 +155,6 @@ PROTEINS = replace(
 )
 """x is the mean of incident edge features."""
 
-MAG = TypedConfig(dataset="ogbn-mag", hidden=64, epochs=50, **OGB)
-"""Of its R-GCN, full-batch."""
-
 SMALL_VIT = replace(
     CIFAR10,
     dim=96,
@@ -169,7 +165,7 @@ SMALL_VIT = replace(
     precision="bf16-mixed",
     seeds=(0, 1, 2),
 )
-"""Of the CIFAR-10 studies and the swap table."""
+"""Of small images."""
 
 PACS = replace(
     SMALL_VIT,
@@ -181,17 +177,6 @@ PACS = replace(
     epochs=15,
 )
 """Images of several domains, which --router oracle --experts 4 is told. Not tuned."""
-
-SHARED = replace(
-    MINESWEEPER,
-    hidden=16,
-    experts=4,
-    epochs=200,
-    seeds=(0, 1, 2),
-    start="shared",
-    shared_router=True,
-)
-"""Of the minesweeper studies and the swap table."""
 
 MOLECULES = MoleculeConfig(
     dataset="ogbg-molhiv",
@@ -261,7 +246,6 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "ogbn-arxiv": ("ogbn-arxiv, the OGB example's GCN.", ARXIV),
     "ogbn-products": ("ogbn-products, the OGB example's sampled SAGE.", PRODUCTS),
     "ogbn-proteins": ("ogbn-proteins, the OGB example's GCN.", PROTEINS),
-    "ogbn-mag": ("ogbn-mag, a SAGE a relation on the OGB example's recipe.", MAG),
 }
 """What the command line offers: a line of help, and the configuration."""
 for name in (

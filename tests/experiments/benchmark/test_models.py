@@ -20,7 +20,6 @@ from experiments.benchmark.models import (
     build_row,
     enough_repeats,
     example_row,
-    forces_row,
     least,
     made_nodes,
     molecule_row,
@@ -40,7 +39,6 @@ TINY_ROWS: dict[str, Callable[[], Row]] = {
     "sampled": partial(
         sampled_row, nodes=(4, 6, 9), edges=(8, 12), features=5, hidden=8, classes=3
     ),
-    "forces": partial(forces_row, molecules=4, atoms=(4, 7), width=8, sources=2),
     "vit": partial(vit_row, "test_vit", 1),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from experiments.show.cells import read_study
 from experiments.study.pages import render
 from experiments.study.sweep import main
 from experiments.train import loop, results
+from experiments.train.data.named import PYG
 from experiments.train.results import write_json
 from tests.helpers.command import refused
+from tests.helpers.user_data import write_npz
 
 MINE = """
 from dataclasses import replace
+from pathlib import Path
 
 from experiments.study.studies import Row, Study
-from experiments.train.presets import DIGITS_GRAPH
+from experiments.train.presets import DIGITS_GRAPH, GRAPH
 from experiments.train.results import write_json
 
 STUDY = Study(
@@ -37,6 +41,14 @@ STUDY = Study(
 WRONG = replace(
     STUDY,
     rows={**STUDY.rows, "wrong": Row(label="?", changes={"router": "dense", "kmeans_init": True})},
+)
+DATA = Path("data")
+NINE = replace(
+    STUDY,
+    columns={
+        "cora": replace(GRAPH, dataset="cora", epochs=1, data_root=DATA),
+        "own": replace(GRAPH, epochs=1, data_root=DATA / "mine.npz"),
+    },
 )
 FASTER = replace(STUDY, columns={"digits-graph": replace(STUDY.columns["digits-graph"], lr=0.5)})
 """
@@ -171,6 +183,33 @@ def test_a_cell_that_cannot_be_run_is_named(
     assert "digits-graph/wrong: kmeans_init: got True" in shown.err
 
 
+@pytest.mark.parametrize("price", [[], ["--price"]])
+def test_what_is_said_of_data_is_said_once_and_a_download_that_fails_is_tried_once(
+    price: list[str],
+    sweep: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tried = list[str]()
+
+    def fails(*_: Any, **options: Any) -> None:
+        tried.append("cora")
+        raise OSError("no network")
+
+    monkeypatch.setitem(PYG, "cora", replace(PYG["cora"], cls=fails))
+    Path("data").mkdir()
+    write_npz(Path("data"))
+    with pytest.raises(SystemExit) as stopped:
+        sweep("NINE", *price)
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    assert tried == ["cora"]
+    assert shown.out.count("downloading") == 1
+    assert shown.err.count("the download failed: no network") == 1
+    assert "cora/moe, cora/dense, cora/wide: cora: ind.cora.x, " in shown.err
+    assert shown.out.count("mine: Data(") == 1
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -181,7 +220,7 @@ def test_a_cell_that_cannot_be_run_is_named(
         ("mine.py:STUDY --budget -1", "budget: got -1.0 with price=False, expected core-hours"),
         ("mine.py:STUDY --budget nan", "budget: got nan with price=False, expected core-hours"),
         ("mine.py:STUDY --price --budget 1", "budget: got 1.0 with price=True, expected"),
-        ("routers --columns sea", "columns: got sea, expected some of digits, cifar10, "),
+        ("routers --columns sea", "columns: got sea, expected some of digits, digits-graph, "),
     ],
 )
 def test_what_is_no_study_is_refused_before_anything_is_trained(
