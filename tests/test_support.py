@@ -216,16 +216,6 @@ def replays(case: Case) -> None:
     assert torch.equal(layer(*call.args, **call.kwargs, **{name: decided}), y)
 
 
-def returns_attention(case: Case) -> None:
-    """Of experts that have attention, in the place of GCN's."""
-    x, edge_index = case.call().args[:2]
-    for conv in ("gat", "gatv2", "transformer"):
-        layer = gmoe.MoEConv(conv, x.size(1), 6, num_experts=3, start="copies")
-        found = layer(x, edge_index, return_attention_weights=True)
-        expected = layer.expert(0)(x, edge_index, return_attention_weights=True)
-        torch.testing.assert_close(found, expected)
-
-
 def fills_in_widths(case: Case) -> None:
     build: Any = (
         partial(gmoe.MoEConv, "gcn", -1, 6)
@@ -284,7 +274,6 @@ PROBES: dict[str, Callable[[Case], object]] = {
     ),
     "AttentionExplainer": partial(explains, algorithm=explain.AttentionExplainer),
     "replay of a routing": replays,
-    "`return_attention_weights`": returns_attention,
     "lazy widths (`-1`)": fills_in_widths,
 }
 

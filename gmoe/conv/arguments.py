@@ -15,7 +15,6 @@ from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse
 
 from gmoe._checks import check_counts, nearest, parameters_of
-from gmoe.conv.attention import AttentionExperts
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
 from gmoe.conv.kinds import OWN_NETWORK, ConvFactory, factory_of, kind_of
@@ -78,7 +77,7 @@ def read_call(
     edge_args: Sequence[Any],
     given: Mapping[str, Any],
     unknown: Mapping[str, object],
-) -> tuple[Call, bool]:
+) -> Call:
     """Read a call of a layer in any of the forms that PyG's convs take.
 
     Args:
@@ -86,9 +85,6 @@ def read_call(
         edge_args: the arguments behind ``edge_index`` that came by position.
         given: those that came by name, ``None`` for those that did not.
         unknown: arguments by name that the layer does not have.
-
-    Returns:
-        The call, and whether attention weights are to be returned.
 
     Raises:
         ValueError: arguments that do not fit the layer, its convs, or each other.
@@ -98,10 +94,7 @@ def read_call(
         refuse_unknown_in_call(layer, layer.all_convs(), unknown)
     if edge_args:
         given = with_those_by_position(layer.experts.convs(), edge_args, given)
-    size, wants_attention = given["size"], bool(given["return_attention_weights"])
-    edge_weight, edge_attr = given["edge_weight"], given["edge_attr"]
-    if wants_attention:
-        check_attention(layer.experts)
+    edge_weight, edge_attr, size = (given[name] for name in ("edge_weight", "edge_attr", "size"))
 
     # 2. The nodes: one set, each a source and a destination; or two.
     if isinstance(x, Tensor):
@@ -119,7 +112,7 @@ def read_call(
         x_dst = x_src[: graph.num_dst]
     if layer.explain:
         graph = graph.explained(layer)
-    return Call(graph, x_src, x_dst), wants_attention
+    return Call(graph, x_src, x_dst)
 
 
 def side_by_side(
@@ -283,7 +276,7 @@ def with_those_by_position(
         if name not in values or values[name] is not None:
             raise ValueError(
                 f"{name}: got {type(value).__name__} by position, expected edge_weight, "
-                "edge_attr, size or return_attention_weights, once"
+                "edge_attr or size, once"
             )
         values[name] = value
     return values
@@ -305,25 +298,11 @@ def refuse_unknown_in_call(
         got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
         if takers:
             taken_by = ", ".join(sorted(takers))
-            hint = f", since {taken_by} takes it but a layer of experts does not"
+            hint = (
+                f", since {taken_by} takes it but a layer of experts does not; ask layer.expert(e)"
+            )
         else:
             hint = nearest(name, legal)
         raise ValueError(
             f"{name}: got {got}, expected one of the arguments {', '.join(legal)}{hint}"
         )
-
-
-def check_attention(experts: Any) -> None:
-    """Refuse to return attention weights of experts that have none, or that run in other ways.
-
-    Args:
-        experts: those of a layer.
-    """
-    if isinstance(experts, AttentionExperts):
-        return
-    names = ", ".join(sorted({type(conv).__name__ for conv in experts.convs()}))
-    raise ValueError(
-        f"return_attention_weights: got True with experts of {names}, which run as "
-        f"{type(experts).__name__}, expected stacked experts of one of GATConv, GATv2Conv and "
-        "TransformerConv"
-    )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from torch.nn import functional as F
 
 from gmoe._checks import check, must_be_called
 from gmoe.conv.additive import additive_scores
-from gmoe.conv.attention_weights import weights_by_edge
 from gmoe.conv.base import Conv, StackedExperts, is_plain
 from gmoe.conv.call import Call
 from gmoe.conv.graph import Graph
@@ -43,11 +41,7 @@ class AttentionExperts(StackedExperts):
 
     A source is transformed once for each expert that needs it, all in one grouped product. Scores,
     softmax and sums run over the in-edges of each (token, expert) pair.
-
     """
-
-    returns_dropped = True
-    """Whether the conv returns its attention weights after dropout."""
 
     @staticmethod
     def accepts(conv: Conv) -> bool:
@@ -61,25 +55,17 @@ class AttentionExperts(StackedExperts):
         self.heads = convs[0].heads
         self.width = convs[0].out_channels
 
-    def forward(
-        self, call: Call, routing: Routing, return_attention_weights: bool | None = None
-    ) -> Any:
-        """(T, O) the mixture; with the weights of the edges, too, if they are asked for."""
+    def forward(self, call: Call, routing: Routing) -> Tensor:
         runs_all = _runs_all(call.x_src, routing, self.heads * self.width)
         make = AllMessages if runs_all else Messages
         messages = make(self._looped(call.graph), routing)
-        y_PO, alpha_MH = self._outputs(call.x_src, call.x_dst, messages)
-        y_TO = messages.combine(y_PO)
-        if not return_attention_weights:
-            return y_TO
-        return y_TO, weights_by_edge(call.graph, messages, alpha_MH)
+        return messages.combine(self._outputs(call.x_src, call.x_dst, messages))
 
     def on_all(self, call: Call) -> Tensor:
         if must_be_called(self):
             return super().on_all(call)
         messages = DenseMessages(self._looped(call.graph))
-        y_TO, _ = self._outputs(call.x_src, call.x_dst, messages)
-        return y_TO
+        return self._outputs(call.x_src, call.x_dst, messages)
 
     def _looped(self, graph: Graph) -> Graph:
         """The graph with the loops that the convs add."""
@@ -87,15 +73,15 @@ class AttentionExperts(StackedExperts):
             return graph.with_loops(fill_value=self.prototype.fill_value)
         return graph
 
-    def _outputs(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
-        """(P, O) each pair's output, and (M, H) the weights that PyG's conv returns."""
-        y_PHC, alpha_MH = self._attend(x_src, x_dst, messages)
+    def _outputs(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
+        """(P, O) each pair's output."""
+        y_PHC = self._attend(x_src, x_dst, messages)
         y_PO = y_PHC.flatten(1) if self.prototype.concat else y_PHC.mean(dim=1)
-        return self._finish(y_PO, x_dst, messages), alpha_MH
+        return self._finish(y_PO, x_dst, messages)
 
     @abstractmethod
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
-        """(P, H, C) the sum of each pair's messages, weighted by attention; and the weights."""
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
+        """(P, H, C) the sum of each pair's messages, weighted by attention."""
 
     def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         """(P, O) with the residual and the bias."""
@@ -116,11 +102,8 @@ class AttentionExperts(StackedExperts):
         ]
         return torch.stack(outputs, dim=1)
 
-    def _attention(self, score_MH: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
-        """(M, H) the softmax over each pair's messages, twice.
-
-        With dropout and an explainer's mask, as values are weighted; and as PyG's conv returns it.
-        """
+    def _attention(self, score_MH: Tensor, messages: Messages) -> Tensor:
+        """(M, H) the softmax over each pair's messages, with dropout and an explainer's mask."""
         if messages.graph.is_replaced is not None:
             # Replaced loops get no weight. The softmax stays finite: their pairs have the new loop.
             is_replaced_M = messages.of_edges(messages.graph.is_replaced)
@@ -128,13 +111,12 @@ class AttentionExperts(StackedExperts):
         exact = torch.promote_types(score_MH.dtype, torch.float32)
         alpha_MH = cast(softmax(cast(score_MH, exact), messages.from_sources), score_MH.dtype)
         dropped_MH = F.dropout(alpha_MH, self.prototype.dropout, self.training)
-        returned_MH = dropped_MH if self.returns_dropped else alpha_MH
         mask = messages.graph.mask
         if mask is None:
-            return dropped_MH, returned_MH
+            return dropped_MH
         # After the softmax, as in MessagePassing.explain_message.
         given_M = messages.of_edges(messages.graph.edges.order)
-        return dropped_MH * mask[given_M][:, None], returned_MH
+        return dropped_MH * mask[given_M][:, None]
 
     def _edge_attr(self, messages: Messages) -> Tensor | None:
         """(M, F) the edge features; ``None`` if the graph has none.
@@ -177,7 +159,7 @@ class GATExperts(AttentionExperts):
         "bias",
     )
 
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_src = self.lin_src if self.lin is None else self.lin
         lin_dst = self.lin_dst if self.lin is None else self.lin
         sums_inputs = lin_src.in_features <= self.width and is_plain(lin_src) and is_plain(lin_dst)
@@ -216,13 +198,13 @@ class GATExperts(AttentionExperts):
         # 3. Softmax over each pair's messages, and the weighted sum.
         score_MH = cast(score_MH, att_src_E1HC.dtype)
         score_MH = F.leaky_relu(score_MH, self.prototype.negative_slope)
-        alpha_MH, returned_MH = self._attention(score_MH, messages)
+        alpha_MH = self._attention(score_MH, messages)
         if not sums_inputs:
-            return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
+            return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
         sum_PHI = weighted_sum(alpha_MH, x_src[:, None], messages.from_sources)
         weight_EIHC = weight_EOI.mT.unflatten(2, (self.heads, self.width))
         sum_PO = self._head_by_head(sum_PHI, weight_EIHC, messages)
-        return cast(sum_PO, alpha_MH.dtype), returned_MH
+        return cast(sum_PO, alpha_MH.dtype)
 
     def _scores(self, value_UHC: Tensor, att_U1HC: Tensor) -> Tensor:
         """(U, H) each row times its expert's attention vector."""
@@ -250,12 +232,11 @@ class TransformerExperts(AttentionExperts):
     """
 
     parts = ("lin_query", "lin_key", "lin_value", "lin_edge", "lin_skip", "lin_beta")
-    returns_dropped = False
 
     def is_used(self, name: str, conv: Conv) -> bool:
         return name != "lin_skip" or bool(conv.root_weight)  # PyG makes it all the same
 
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         # 1. Queries of the pairs, keys and values of the rows, and their scores.
         query_PO = messages.tokens_by(self.lin_query, x_dst)
         query_PHC = self._by_head(query_PO) / math.sqrt(self.width)
@@ -269,8 +250,8 @@ class TransformerExperts(AttentionExperts):
                     "edge_attr: got None, expected a tensor of shape (edges, "
                     f"{self.prototype.edge_dim}), since TransformerConv has an edge_dim"
                 )
-            alpha_MH, returned_MH = self._attention(score_MH, messages)
-            return weighted_sum(alpha_MH, value_UHC, messages.from_rows), returned_MH
+            alpha_MH = self._attention(score_MH, messages)
+            return weighted_sum(alpha_MH, value_UHC, messages.from_rows)
 
         # 2. What the edges add to the scores: each message is sent by its edge, too.
         edge_EFHC = self.lin_edge.weight.mT.unflatten(2, (self.heads, self.width))
@@ -281,11 +262,10 @@ class TransformerExperts(AttentionExperts):
         score_MH = score_MH + dot(edge_query_PHF, edge_M1F, from_edges)
 
         # 3. Softmax, and the sums of values and of edge features.
-        alpha_MH, returned_MH = self._attention(score_MH, messages)
+        alpha_MH = self._attention(score_MH, messages)
         edges_PHF = weighted_sum(alpha_MH, edge_M1F, from_edges)
         values_PHC = weighted_sum(alpha_MH, value_UHC, messages.from_rows)
-        y_PHC = values_PHC + self._head_by_head(edges_PHF, edge_EFHC, messages)
-        return y_PHC, returned_MH
+        return values_PHC + self._head_by_head(edges_PHF, edge_EFHC, messages)
 
     def _finish(self, y_PO: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         if self.lin_skip is None:
@@ -305,7 +285,7 @@ class GATv2Experts(AttentionExperts):
 
     parts = ("lin_l", "lin_r", "lin_edge", "res", "att", "bias")
 
-    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> tuple[Tensor, Tensor]:
+    def _attend(self, x_src: Tensor, x_dst: Tensor, messages: Messages) -> Tensor:
         lin_r = self.lin_l if self.lin_r is None else self.lin_r
         source_UO = messages.rows_by(self.lin_l, x_src)
         target_PO = messages.tokens_by(lin_r, x_dst)
@@ -324,6 +304,5 @@ class GATv2Experts(AttentionExperts):
             self.prototype.negative_slope,
             messages,
         )
-        alpha_MH, returned_MH = self._attention(score_MH, messages)
-        y_PHC = weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)
-        return y_PHC, returned_MH
+        alpha_MH = self._attention(score_MH, messages)
+        return weighted_sum(alpha_MH, self._by_head(source_UO), messages.from_rows)

@@ -27,7 +27,6 @@ from gmoe.conv.arguments import (
     side_by_side,
     two_widths,
 )
-from gmoe.conv.attention_weights import AttentionWeights
 from gmoe.conv.base import GAIN_SCALE, ConvExperts, times
 from gmoe.conv.build import build_experts
 from gmoe.conv.call import Call
@@ -157,11 +156,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         - ``batch``: (N_dst,) the graph of each node; the graphs of a PyG ``Batch`` are separate
           groups.
         - returns (N_dst, out), and the :class:`Routing` too with ``return_routing=True``.
-        - with ``return_attention_weights=True``, experts of GAT, GATv2 or TransformerConv return
-          (out, (edges, alpha)) as their conv does, a loop at each node included where it adds
-          them: the routed experts' weights, not the shared expert's. ``alpha`` is (edges, heads) if
-          each node has one expert (K = 1, without a capacity), else (edges, E, heads), with zeros
-          where the destination does not use the expert. The routing would come last.
 
     Raises:
         ValueError: an unknown conv or router; K > E; widths or edges that do not fit;
@@ -334,7 +328,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         batch: Tensor | None = None,
         routing: Routing | None = None,
         return_routing: bool = False,
-        return_attention_weights: bool | None = None,
         **unknown: object,
     ) -> Tensor | tuple[Any, ...]:
         """Route and run; see the class.
@@ -346,7 +339,6 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             "edge_weight": edge_weight,
             "edge_attr": edge_attr,
             "size": size,
-            "return_attention_weights": return_attention_weights,
         }
         is_static = isinstance(x, Tensor) and x.dim() == 3
         if is_static or self.experts is None:
@@ -357,11 +349,10 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
         # 1. Read the call: a graph from sources to destinations, and their features.
         has_more = bool(edge_args or unknown)
         is_odd = has_more or self.explain or any(value is not None for value in given.values())
-        wants_attention = False
         if isinstance(x, Tensor) and not is_odd:
             call = self._plain_call(x, edge_index)
         else:
-            call, wants_attention = read_call(self, x, edge_index, edge_args, given, unknown)
+            call = read_call(self, x, edge_index, edge_args, given, unknown)
 
         # 2. Sum over neighbors once, if all experts share that sum.
         sums_by = routing if self.shared_expert is None else None
@@ -377,18 +368,12 @@ class MoEConv(OpenWidths, MoELayer, MessagePassing):
             routing = checked_routing(routing, call.graph.num_dst, self.num_experts)
 
         # 4. Run each destination's experts, and add them to the shared expert.
-        attention: AttentionWeights | None = None
-        if wants_attention:
-            y, attention = self.experts(call, routing, True)
-        else:
-            y = self.experts(call, routing)
+        y = self.experts(call, routing)
         if self.shared_expert is not None:
             if call.aggregate is None:  # else it is of the experts' kind, and has their aggregate
                 call = call.with_aggregate(self.shared_expert.aggregate(call))
             shared: Tensor = self.shared_expert.on_all(call)
             y = shared.addcmul(y, (GAIN_SCALE * self.gain).to(y.dtype))
-        if attention is not None:
-            return (y, attention, routing) if return_routing else (y, attention)
         return (y, routing) if return_routing else y
 
     def _plain_call(self, x: Tensor, edge_index: Adj | Graph) -> Call:

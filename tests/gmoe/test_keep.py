@@ -34,7 +34,6 @@ from tests.helpers.vits import images
         ("expert_choice", {}),
         ("expert_choice", {"inference": "threshold"}),
         ("attention_vote", {}),
-        ("multi_centroid", {"choice": "experts"}),
         ("multi_centroid", {"weight": "score"}),
         ("random", {"weight": "score"}),
         ("token_choice", {"weight": "score", "balance": "switch"}),

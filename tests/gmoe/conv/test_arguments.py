@@ -11,7 +11,7 @@ from torch_geometric.nn import GATConv, GCNConv
 from gmoe import Graph
 from gmoe.conv.arguments import num_destinations, two_widths, with_those_by_position
 
-NOTHING = dict.fromkeys(("edge_weight", "edge_attr", "size", "return_attention_weights"))
+NOTHING = dict.fromkeys(("edge_weight", "edge_attr", "size"))
 
 
 def test_one_width_is_that_of_sources_and_destinations() -> None:

@@ -105,6 +105,7 @@ def test_mistyped_and_misplaced_arguments_are_told_what_is_meant() -> None:
             "lambda_max",
             "since ChebConv takes it but a layer of experts does not",
         ),
+        ("gat", "return_attention_weights", r"since GATConv takes it .*; ask layer\.expert\(e\)"),
         ("gcn", "edge_wieght", r"did you mean 'edge_weight'\?"),
     ],
 )
