@@ -6,6 +6,5 @@ transforms  timm's transforms and its mixup, as a recipe says.
 batches     One epoch.
 models      gmoe's ViTs, and timm's with experts in the place of MLPs.
 soft_mlp    Soft experts beside an MLP.
-told_domain Experts that are told the domain of an image.
 maps        Which expert takes which patch.
 """

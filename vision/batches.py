@@ -52,9 +52,8 @@ class Epoch(Dataset[tuple[Tensor, Tensor]]):
             seed_all(self.batch_seeds[number])
             # timm mixes an even number of images, the first with the last
             odd = len(rows) % 2
-            classes = labels if labels.dim() == 1 else labels[:, 0]
             images = torch.cat([images, images[:odd]])
-            mixed, shares = self.mixup(images, torch.cat([classes, classes[:odd]]))
+            mixed, shares = self.mixup(images, torch.cat([labels, labels[:odd]]))
         return mixed[: len(rows)], shares[: len(rows)]
 
 

@@ -25,12 +25,10 @@ CONSTANTS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 """Mean and standard deviation of the channels, of values in 0..1, where they are not ImageNet's."""
-DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 FOLDERS = {
     "cifar10": (CIFAR10.base_folder, "cifar10", ""),
     "cifar100": (CIFAR100.base_folder, ""),
     "imagenette": ("imagenette2-160", ""),
-    "pacs": ("PACS", "pacs-64", ""),
     "images": ("",),
 }
 """Where a data set lies in the root: the first of these that is there."""
@@ -38,14 +36,11 @@ NOTES = {
     "cifar10": "CIFAR-10 (Krizhevsky, 2009), www.cs.toronto.edu/~kriz/cifar.html, no license",
     "cifar100": "CIFAR-100 (Krizhevsky, 2009), www.cs.toronto.edu/~kriz/cifar.html, no license",
     "imagenette": "Imagenette, 160 px, github.com/fastai/imagenette, Apache 2.0",
-    "pacs": "PACS (Li et al., 2017), 4 domains x 7 classes, for research; split 70/10/20",
     "images": "images of your own",
 }
 JPEG = "re-encoded as JPEG: accuracies are close to, not the same as, those on the originals"
 TEST_SHARE = 0.2
 """Of each class, where a folder of images has no train and test."""
-PACS_VAL_SHARE = 0.125
-"""Of what the test images leave of each domain and class: a tenth of all."""
 DEFAULT_SIZE = 160
 """Height and width in pixels of what models see of images of many sizes."""
 MEMORY = 2 * 2**30
@@ -59,7 +54,7 @@ class Images(Dataset[Any]):
     Args:
         images: PIL's; paths of files, which are decoded when they are taken; or float tensors
             (C, H, W).
-        labels: (N,) int64 classes; (N, 2) classes and domains, where images are of several.
+        labels: (N,) int64 classes.
         size: S, what models see of them, see :func:`read`.
     """
 
@@ -86,7 +81,6 @@ class ImageData:
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # of the channels, of values in 0..1
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     note: str  # source and license, and what sets this copy apart from the published data
-    domains: tuple[str, ...] = ()  # their names, by number, where images are of several
 
 
 class Listing(NamedTuple):
@@ -111,7 +105,6 @@ def load_images(
       ``root/cifar10/{train,test}/<class>`` or ``root/{train,test}/<class>``.
     - ``"cifar100"``: torchvision's ``root/cifar-100-python``.
     - ``"imagenette"``: ``root/imagenette2-160``, whose ``val`` is the test set here.
-    - ``"pacs"``: ``DOMAIN/CLASS/*`` in ``root``, ``root/PACS`` or ``root/pacs-64``.
     - ``"images"``: any ``root/train/<class>/*``, with ``root/test/<class>/*``,
       ``root/val/<class>/*`` or both; one alone is the test set. If there is ``root/<class>/*``
       without train and test, 20 % of each class are the test set. Hidden folders and files, whose
@@ -120,9 +113,9 @@ def load_images(
     Args:
         name: one of those.
         root: the folder.
-        image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette, 64 for
-            PACS; for ``"images"`` that of the images, if all are squares of one size of at most
-            160, else 160).
+        image_size: height and width in pixels (default: 32 for CIFAR, 160 for Imagenette; for
+            ``"images"`` that of the images, if all are squares of one size of at most 160, else
+            160).
         offline: never download; otherwise torchvision downloads CIFAR. Nothing else is.
 
     Raises:
@@ -133,8 +126,6 @@ def load_images(
     folder = folder_of(name, root)
     if name in CIFAR and not (folder / "train").is_dir():
         return _cifar(name, root, image_size or 32, offline)
-    if name == "pacs":
-        return _pacs(folder, image_size or 64)
     parts = [part for part in ("train", "test", "val") if (folder / part).is_dir()]
     if name == "images" and not parts:
         whole = _listing(name, folder)
@@ -244,23 +235,6 @@ def _check_counts(folder: Path, listing: Listing, least: int) -> None:
     legal = f"at least {least}, for {parts}; add some, or remove the class"
     for name, count in zip(listing.classes, listing.labels.bincount().tolist(), strict=True):
         check(count >= least, str(folder / name), f"{count} image{'s' * (count > 1)}", legal)
-
-
-def _pacs(folder: Path, image_size: int) -> ImageData:
-    """A random split that has the same share of each domain and class in each part."""
-    listings = [_listing("pacs", folder / domain) for domain in DOMAINS]
-    classes = listings[0].classes
-    for domain, listing in zip(DOMAINS, listings, strict=True):
-        got = f"class folders {', '.join(listing.classes)}"
-        check(listing.classes == classes, str(folder / domain), got, ", ".join(classes))
-    domains = torch.repeat_interleave(torch.tensor([len(one.paths) for one in listings]))
-    labels = torch.stack([torch.cat([one.labels for one in listings]), domains], dim=1)
-    whole = Listing(classes, [path for one in listings for path in one.paths], labels)
-    cell = labels[:, 1] * len(classes) + labels[:, 0]
-    rest, test = split_images(cell, TEST_SHARE, seed=0)
-    train, val = (rest[rows] for rows in split_images(cell[rest], PACS_VAL_SHARE, seed=0))
-    parts = [whole.part(rows) for rows in (train, test, val)]
-    return _data("pacs", parts, image_size, domains=DOMAINS)
 
 
 def _data(name: str, parts: list[Listing], image_size: int | None, **how: Any) -> ImageData:

@@ -52,9 +52,6 @@ def patches(
         raise ValueError(
             f"run: got {run}, a dense model or one of graphs, expected an image model with experts"
         )
-    if config.is_told_domain:
-        got = f"{run}, whose model is told the domain of each image"
-        raise ValueError(f"run: got {got}, expected one that sees images alone")
     task = folder.load_task()
     model = folder.load_model(task)
     batch = photos(images, task.in_channels, config.recipe, task.mean, task.std)

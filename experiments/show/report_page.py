@@ -304,21 +304,17 @@ def _patches(
     """Validation images: by MoE layer (T, E) the weights of the experts, and (T,) what they may
     follow, as in :data:`PROPERTIES`; and maps of images, each of another class."""
     from vision.maps import expert_patches  # torchvision, which graphs do without
-    from vision.told_domain import tell_domains
 
     model = run.load_model(task)
     batches = list[Batch]()
     weights = list[list[Tensor]]()
     for batch in task.loader("val", 128, 0):  # shuffled, since they may lie class by class
         batches.append(batch)
-        tell_domains(model, batch.domain)
         weights.append(patch_weights(model, batch.inputs[0]))
         if sum(len(one.target) for one in batches) >= MOST_IMAGES:
             break
     images = torch.cat([one.inputs[0] for one in batches])
     labels = torch.cat([one.target for one in batches])
-    domains = [one.domain for one in batches if one.domain is not None]
-    domain = torch.cat(domains) if domains else None
     shown = []
     by_layer = [torch.cat(parts) for parts in zip(*weights, strict=True)]
     for weight_BhwE in by_layer:
@@ -327,12 +323,9 @@ def _patches(
             "ami_label": labels.repeat_interleave(number),
             "ami_place": torch.arange(number).repeat(len(labels)),
         }
-        if domain is not None:
-            known["ami_domain"] = domain.repeat_interleave(number)
         shown.append((weight_BhwE.flatten(0, 2), known))
     chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()[:6]]
     titles = [task.classes[int(labels[image])] for image in chosen]
-    tell_domains(model, None if domain is None else domain[chosen])
     maps = expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
     return shown, [maps, *expert_patches(images, by_layer, task.mean, task.std)]
 

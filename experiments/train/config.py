@@ -400,14 +400,6 @@ class ImageConfig(RunConfig):
             check(not recipe.drop_path, "drop_path", recipe.drop_path, legal)
             legal = "none, without --model timm/NAME"
             check(recipe.layer_decay is None, "layer_decay", recipe.layer_decay, legal)
-        legal = "another recipe: a mixed image is of two domains"
-        tells = not self.is_told_domain or not recipe.mixes()
-        check(tells, "router", "'oracle' with mixup or cutmix", legal)
-
-    @property
-    def is_told_domain(self) -> bool:
-        """Whether the model is called with the domain of each image."""
-        return self.router == "oracle"
 
     def _check_timm(self) -> None:
         """Refuse options of a model of timm without one, and with one those of a ViT of gmoe."""
@@ -439,7 +431,7 @@ class ImageConfig(RunConfig):
 
 TIMM = "timm/"
 """What the names of timm's models begin with."""
-IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "pacs", "images")
+IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
 """Data sets of each kind; all others are graphs, but OGB's molecules, ``ogbg-mol...``."""
 ERRORS = ("rmse",)
 """Metrics of which less is better, and which are not shares."""

@@ -155,29 +155,6 @@ PROTEINS = replace(
 )
 """x is the mean of incident edge features."""
 
-SMALL_VIT = replace(
-    CIFAR10,
-    dim=96,
-    vit_heads=3,
-    hidden=192,
-    label_smoothing=0.0,
-    epochs=5,
-    precision="bf16-mixed",
-    seeds=(0, 1, 2),
-)
-"""Of small images."""
-
-PACS = replace(
-    SMALL_VIT,
-    dataset="pacs",
-    augment="none",
-    recipe=IMAGE_FOLDER.recipe,
-    image_size=64,
-    patch=8,
-    epochs=15,
-)
-"""Images of several domains, which --router oracle --experts 4 is told. Not tuned."""
-
 MOLECULES = MoleculeConfig(
     dataset="ogbg-molhiv",
     hidden=300,
@@ -213,10 +190,6 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "imagenette": (
         "Imagenette at 160 pixels; a 6-block ViT.",
         replace(IMAGE_FOLDER, dataset="imagenette", hidden=384, epochs=80, batch_size=64),
-    ),
-    "pacs": (
-        "PACS, 7 classes in 4 domains (photo, art, cartoon, sketch), 64 pixels; a 6-block ViT.",
-        PACS,
     ),
     "images": (
         "Images of your own: --data-root DIR with CLASS/*, or train/CLASS/* and test/CLASS/*.",

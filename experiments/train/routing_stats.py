@@ -39,7 +39,6 @@ IN_WORDS = (
 PROPERTIES = {
     "nmi": ("planted region", "NMI"),
     "ami_label": ("class", "AMI"),
-    "ami_domain": ("domain", "AMI"),
     "ami_place": ("place in the image", "AMI"),
     "ami_degree": ("degree", "AMI"),
     "ami_homophily": ("local homophily", "AMI"),
@@ -52,7 +51,7 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
     routing follows.
 
     Where all nodes are routed at once, also ``"nmi"`` with planted experts, and ``"ami_NAME"``
-    of :func:`alignment`; the latter also with what the task knows of the test images.
+    of :func:`alignment`.
     """
     if not routings or not routings[0]:
         return []
@@ -63,11 +62,6 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
         stats.update(batch)
     layers = _rounded(stats)
     graph = task.graph
-    if task.tested:
-        for number, layer in enumerate(layers):
-            expert = torch.cat([batch[number].top_expert.cpu() for batch in routings])
-            layer |= _alignment_of_images(expert, task.tested)
-        return layers
     sizes = {routing.num_tokens for batch in routings for routing in batch}
     if not isinstance(graph, Data) or len(routings) > 1 or sizes != {graph.num_nodes}:
         return layers
@@ -76,20 +70,9 @@ def routing_summary(routings: list[list[Routing]], task: Task) -> list[dict[str,
         expert = routing.top_expert.cpu()
         if task.planted is not None:
             layer["nmi"] = float(normalized_mutual_info_score(expert, task.planted))
-        layer |= _named_alignment(expert, properties)
+        for name, value in alignment(expert, properties).items():
+            layer[f"ami_{name}"] = round(value, 4)
     return layers
-
-
-def _named_alignment(expert: Tensor, properties: dict[str, Tensor]) -> dict[str, float]:
-    """:func:`alignment` by the names of a summary."""
-    return {f"ami_{name}": round(value, 4) for name, value in alignment(expert, properties).items()}
-
-
-def _alignment_of_images(expert: Tensor, known: Mapping[str, Tensor]) -> dict[str, float]:
-    """The same of the tokens of images, of which something is known image by image."""
-    tokens = len(expert) // len(next(iter(known.values())))
-    by_token = {name: value.repeat_interleave(tokens) for name, value in known.items()}
-    return _named_alignment(expert, by_token)
 
 
 def routing_rows(stats: RoutingStats | None) -> list[dict[str, Any]]:

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, Imagenette
 
-from vision.data import DOMAINS, Images
+from vision.data import Images
 
-PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 SHADE = 20
 """Images of the n-th class are of the color (n * SHADE, n * SHADE + 1, n * SHADE + 2)."""
 
@@ -62,19 +61,6 @@ def write_imagenette(root: Path, count: int = 1) -> Path:
         counts = dict.fromkeys(sorted(Imagenette._WNID_TO_CLASS), count)
         write_folder(root / "imagenette2-160" / split, counts, (12, 9), ".JPEG")
     return root / "imagenette2-160"
-
-
-def write_pacs(root: Path, count: int = 8, size: int = 8) -> Path:
-    """``root/DOMAIN/CLASS/*``, each image random; domains differ in brightness."""
-    rng = np.random.default_rng(0)
-    for number, domain in enumerate(DOMAINS):
-        for name in PACS_CLASSES:
-            folder = root / domain / name
-            folder.mkdir(parents=True)
-            for image in range(count):
-                pixels = rng.integers(0, 60, (size, size, 3), dtype=np.uint8) + 60 * number
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image}.png")
-    return root
 
 
 def write_cifar(

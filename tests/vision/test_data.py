@@ -27,11 +27,10 @@ from tests.helpers.made_images import (
     write_folder,
     write_imagenette,
     write_images,
-    write_pacs,
     write_photo,
 )
 from vision import data
-from vision.data import DOMAINS, load_images, read, split_images
+from vision.data import load_images, read, split_images
 
 RGB = (204, 102, 51)  # of the web palette
 
@@ -193,37 +192,6 @@ def test_split_is_stratified_disjoint_and_complete(
         assert in_val <= count - 1
         assert abs(in_val - share * count) <= 0.5 or in_val in (1, count - 1)
     assert val.equal(split_images(labels, share, seed)[1])
-
-
-@pytest.mark.parametrize("folder", ["", "PACS", "pacs-64"])
-def test_pacs_is_split_by_domain_and_class(folder: str, tmp_path: Path) -> None:
-    """Each part has the same share of each, whatever the folder; no image is in two parts."""
-    write_pacs(tmp_path / folder, count=20)
-    found = load_images("pacs", tmp_path, image_size=8)
-    assert (len(found.classes), found.domains) == (7, DOMAINS)
-    assert found.val is not None
-    seen = set[bytes]()
-    for part, count in ((found.train, 14), (found.val, 2), (found.test, 4)):
-        cells, counts = part.labels.unique(dim=0, return_counts=True)
-        assert len(cells) == 7 * len(DOMAINS)
-        assert set(counts.tolist()) == {count}
-        for image, (_, domain) in zip(part.images, part.labels.tolist(), strict=True):
-            # Domains differ in brightness
-            assert round((np.asarray(image).mean() - 30) / 60) == domain
-            seen.add(image.tobytes())
-    assert len(seen) == 20 * 7 * len(DOMAINS)
-    again = load_images("pacs", tmp_path, image_size=8)
-    assert again.test[3].tobytes() == found.test[3].tobytes()
-
-
-def test_pacs_that_is_not_whole_is_named(tmp_path: Path) -> None:
-    shutil.rmtree(write_pacs(tmp_path, count=1) / "sketch")
-    with pytest.raises(FileNotFoundError, match=r"sketch: .*expected images in .*Li et al"):
-        load_images("pacs", tmp_path)
-    shutil.copytree(tmp_path / "photo", tmp_path / "sketch")
-    shutil.rmtree(tmp_path / "photo" / "dog")
-    with pytest.raises(ValueError, match=r"photo: got class folders elephant, .* expected dog"):
-        load_images("pacs", tmp_path)
 
 
 def test_images_in_a_folder_called_home_are_read_there(

@@ -62,9 +62,6 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
     if config.recipe.aa is not None:
         is_legal = len(data.mean) == 3 and not isinstance(data.train[0], Tensor)
         check(is_legal, "aa", f"{config.recipe.aa!r} for {data.name}", "uint8 images in color")
-    tested = {}
-    if data.domains:
-        tested = {"label": data.test.labels[:, 0], "domain": data.test.labels[:, 1]}
     accuracy = partial(MulticlassAccuracy, num_classes=len(data.classes), average="micro")
     return Task(
         name=data.name,
@@ -78,8 +75,6 @@ def image_task(data: ImageData, config: ImageConfig) -> Task:
         steps=loader.steps,
         loss=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
         classes=data.classes,
-        domains=data.domains,
-        tested=tested,
         mean=data.mean,
         std=data.std,
     )
@@ -113,14 +108,13 @@ class ImageBatches:
         return -(-len(self.split["train"]) // batch_size)
 
     def classes(self, part: Split) -> Tensor:
-        """(N,) the class of each image of a part; labels may hold their domains, too."""
-        labels = self.images[part].labels[self.split[part]]
-        return labels[:, 0] if self.data.domains else labels
+        """(N,) the class of each image of a part."""
+        return self.images[part].labels[self.split[part]]
 
     def __call__(
         self, part: Split, batch_size: int, seed: int | None, shard: Shard = (0, 1)
     ) -> Iterator[Batch]:
-        """The batches of a part; a model that is told the domain gets it as an input."""
+        """The batches of a part."""
         trains = part == "train"
         drawn = batches(
             self.images[part],
@@ -133,12 +127,7 @@ class ImageBatches:
             shard=shard,
         )
         for images, labels in drawn:
-            if not self.data.domains or labels.is_floating_point():  # of several domains at once
-                yield Batch((images,), labels)
-                continue
-            target, domain = labels.unbind(dim=1)
-            inputs = (images, domain) if self.config.is_told_domain else (images,)
-            yield Batch(inputs, target, domain=domain)
+            yield Batch((images,), labels)
 
 
 def _check_classes(data: ImageData, part: Split, classes: Tensor) -> None:

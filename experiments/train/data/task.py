@@ -28,7 +28,6 @@ class Batch(NamedTuple):
     inputs: tuple[Any, ...]
     target: Tensor
     rows: Tensor | slice | None = None
-    domain: Tensor | None = None  # of images of several domains, that of each
 
     def counted(self, logits: Tensor) -> Tensor:
         """The logits that loss and metric count."""
@@ -73,9 +72,6 @@ class Task:
     # (T,) the expert that each token should go to, where that is known
     planted: Tensor | None = None
     classes: tuple[str, ...] = ()  # names, where they are known
-    # Of images of several domains, their names; and (N,) what is known of the test images, in order
-    domains: tuple[str, ...] = ()
-    tested: Mapping[str, Tensor] = field(default_factory=dict)
     # Of images, a channel: the model sees (value in 0..1 - mean) / std
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()

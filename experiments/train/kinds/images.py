@@ -18,11 +18,9 @@ from experiments.train.config import ImageConfig
 from experiments.train.data.images import digits, image_task
 from experiments.train.data.task import Task
 from experiments.train.kinds.base import Kind
-from gmoe._checks import check
 from vision.data import FOLDERS, ImageData, folder_of, load_images
 from vision.models import TimmModel, vit_size
 from vision.soft_mlp import SoftMLP
-from vision.told_domain import DomainRouter, DomainViT
 
 
 class Images(Kind[ImageConfig]):
@@ -94,8 +92,7 @@ class Images(Kind[ImageConfig]):
             mlp_dim=config.hidden,
             num_layers=config.layers,
         )
-        model_class: Any = DomainViT if config.router == "oracle" else gmoe.ViTMoE
-        model: Any = model_class(size, task.num_classes, **options)
+        model: Any = gmoe.ViTMoE(size, task.num_classes, **options)
         # The blocks that hold experts, or would
         blocks = model.encoder.layers[config.every - 1 :: config.every]
         if config.router == "soft_slots":
@@ -107,8 +104,6 @@ class Images(Kind[ImageConfig]):
     def of_timm(self, timm: TimmModel, task: Task) -> nn.Module:
         """A model of timm, with experts in the place of MLPs unless it is to be dense."""
         config = self.config
-        legal = "another, with a model of timm, which is told no domain"
-        check(config.router != "oracle", "router", "'oracle'", legal)
         router, router_kwargs = self.router(task)
         drop_path = config.recipe.drop_path
         model = timm.made(task.in_channels, len(task.mean), task.num_classes, drop_path)
@@ -127,16 +122,6 @@ class Images(Kind[ImageConfig]):
 
     def num_images(self, inputs: tuple[Any, ...]) -> int | None:
         return len(inputs[0])
-
-    def oracle(self, task: Task) -> Callable[..., gmoe.Router]:
-        """The router that is told the domain of each image."""
-        if not task.domains:
-            return super().oracle(task)
-        number = len(task.domains)
-        experts = self.config.experts
-        legal = f"{number}, one for each of {', '.join(task.domains)}"
-        check(experts == number, "experts", experts, legal)
-        return DomainRouter
 
 
 def state_of(file: Path) -> tuple[Path, int, int]:

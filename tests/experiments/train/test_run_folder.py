@@ -15,7 +15,7 @@ from experiments.train.config import RunConfig
 from experiments.train.presets import PRESETS
 from experiments.train.run_folder import described, differences_of
 from tests.helpers.command import quick, refused
-from tests.helpers.made_images import write_imagenette, write_images, write_pacs
+from tests.helpers.made_images import write_imagenette, write_images
 from tests.helpers.user_data import FORMS
 
 
@@ -33,7 +33,6 @@ DATA: dict[str, Callable[[Path], RunConfig]] = {
     "images": partial(images, "images", write_images),
     "cifar10": partial(images, "cifar10", lambda folder: write_images(folder / "cifar10")),
     "imagenette": partial(images, "imagenette", write_imagenette),
-    "pacs": partial(images, "pacs", partial(write_pacs, count=1)),
 }
 """Data that may be other ones under the same name, and a run on them."""
 

@@ -44,9 +44,12 @@ def configurations(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_every_committed_run_is_read() -> None:
+    """But those on pacs, a preset that left."""
     found = 0
     for path in RESULTS.rglob("*.json"):
         for config in configurations(json.loads(path.read_text())):
+            if config["dataset"] == "pacs":
+                continue
             differences = differences_of(restore(config, Path()), config)
             assert set(differences) <= set(RECORDS)  # the data are not here
             found += 1

@@ -27,7 +27,7 @@ from experiments.train.training import Training
 from experiments.train.user_code import load_object
 from tests.helpers import own_parts
 from tests.helpers.command import QUICK, quick, rows
-from tests.helpers.made_images import write_cifar, write_imagenette, write_images, write_pacs
+from tests.helpers.made_images import write_cifar, write_imagenette, write_images
 from tests.helpers.molecule_data import write_set
 from tests.helpers.ogb_data import plant
 from tests.helpers.pyg_data import write_raw
@@ -178,8 +178,6 @@ def test_every_preset_runs_on_tiny_files(
         root = write_raw("questions", tmp_path).folder / "questions.npz"
     elif preset == "imagenette":
         write_imagenette(root, count=3)
-    elif preset == "pacs":
-        write_pacs(root, count=3)
     elif preset == "images":
         write_images(root, size=32)
     elif preset in CIFAR:
