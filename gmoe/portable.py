@@ -133,11 +133,6 @@ def true_columns(mask_ET: Tensor, num_pairs: int) -> Tensor:
     return first_ET[:, : num_pairs // num_experts].reshape(-1)
 
 
-def dtype_of_marks() -> torch.dtype:
-    """Of truth values that are added: ONNX's runtime cannot add bytes."""
-    return torch.int32
-
-
 # products -----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,5 @@
 tables            Tables in Markdown.
 cells             Reads the cells of a study.
 report            One page from finished runs, made by report_page.
-nodes             Draws the nodes of a graph.
 patches           Which expert takes which patch of your images.
 """

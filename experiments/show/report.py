@@ -3,8 +3,8 @@
     python -m experiments.train digits --router expert_choice --out runs/digits
     python -m experiments.report runs/digits --out runs/report
 
-Writes ``index.html``, one file that holds all that it shows. Maps of patches and of nodes need
-the data of the run; without them they are left out, and the page says so. A run folder that is
+Writes ``index.html``, one file that holds all that it shows. Maps of patches need the
+data of the run; without them they are left out, and the page says so. A run folder that is
 broken or not finished is named, the report of the others is made all the same, and the exit
 status is then 1.
 """

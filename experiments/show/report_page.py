@@ -16,16 +16,13 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torch_geometric.data import Data
 
-from experiments.show.nodes import draw_nodes
-from experiments.train.config import ERRORS
-from experiments.train.data.task import Batch, Task
+from experiments.train.config import ERRORS, ImageConfig, MoleculeConfig
+from experiments.train.data.task import Batch
 from experiments.train.files import replacing
 from experiments.train.results import flops_of
 from experiments.train.routing_stats import (
     IN_WORDS,
-    PROPERTIES,
     advice,
     alignment,
     in_words,
@@ -34,7 +31,6 @@ from experiments.train.routing_stats import (
 from experiments.train.run_folder import RunFolder, read_run
 from experiments.train.scores import differences, form_of, mean_std, scored, unit
 from experiments.train.user_code import code_of, frames_of, raised
-from gmoe import record_routing
 from gmoe.plot import expert_load, expert_maps, patch_weights
 
 STYLE = """
@@ -59,17 +55,12 @@ MEASURED = {
     "atoms": "the test molecules",
 }
 """What the figures of the routing are of, by what is routed."""
-DRAWN = {
-    "nodes": "Up to 300 nodes, of a larger graph in six neighborhoods, in the same places in every "
-    "panel: by what is known of them, and by expert. Gray nodes have no class, or no expert. "
-    "Colors of different panels have nothing to do with each other.",
-    "patches": "Validation images: each patch has the color of its expert, or of its experts mixed "
-    "by weight; dark patches have none. Below, by layer, patches that each expert takes, every "
-    "n-th of them. Experts of different layers have nothing to do with each other.",
-}
-"""What is drawn, by what is routed."""
-
-
+DRAWN = (
+    "Validation images: each patch has the color of its expert, or of its experts mixed by weight; "
+    "dark patches have none. Below, by layer, patches that each expert takes, every n-th of them. "
+    "Experts of different layers have nothing to do with each other."
+)
+"""What is drawn of images."""
 MOST_IMAGES = 1024
 """Validation images, about, whose patches are looked at."""
 
@@ -254,15 +245,12 @@ def _routing(page: Page, run: RunFolder) -> str:
     seed = run.config.seeds[0]
     missing = ""
     maps = list[Figure]()
-    tokens = "nodes"
+    kinds = {ImageConfig: "patches", MoleculeConfig: "atoms"}
+    tokens = kinds.get(type(run.config), "nodes")
     layers = values_of(run.summary["routing"])
     try:
-        task = run.load_task()
-        tokens = {"image": "patches", "molecule": "atoms"}.get(task.kind, "nodes")
-        if tokens == "nodes":
-            maps.append(_nodes(run, task))
-        elif tokens == "patches":
-            shown, maps = _patches(run, task)
+        if tokens == "patches":
+            shown, maps = _patches(run)
             for layer, (weight, known) in zip(layers, shown, strict=True):
                 expert = weight.argmax(dim=1).where(weight.sum(dim=1) > 0, weight.size(1))
                 alignments = alignment(
@@ -293,18 +281,17 @@ def _routing(page: Page, run: RunFolder) -> str:
     if missing:
         page.text(missing, "warn")
     if maps:
-        page.heading(f"Which {tokens} go to which expert?", 3)
-        page.figures(maps, DRAWN[tokens])
+        page.heading("Which patches go to which expert?", 3)
+        page.figures(maps, DRAWN)
     return in_words(layers, run.config)
 
 
-def _patches(
-    run: RunFolder, task: Task
-) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], list[Figure]]:
+def _patches(run: RunFolder) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], list[Figure]]:
     """Validation images: by MoE layer (T, E) the weights of the experts, and (T,) what they may
     follow, as in :data:`PROPERTIES`; and maps of images, each of another class."""
     from vision.maps import expert_patches  # torchvision, which graphs do without
 
+    task = run.load_task()
     model = run.load_model(task)
     batches = list[Batch]()
     weights = list[list[Tensor]]()
@@ -328,29 +315,6 @@ def _patches(
     titles = [task.classes[int(labels[image])] for image in chosen]
     maps = expert_maps(model, images[chosen], mean=task.mean, std=task.std, titles=titles)
     return shown, [maps, *expert_patches(images, by_layer, task.mean, task.std)]
-
-
-def _nodes(run: RunFolder, task: Task) -> Figure:
-    """A drawing of the nodes of a graph, by what is known of them and by expert.
-
-    Raises:
-        ValueError: the graph is not evaluated as a whole.
-    """
-    graph = task.graph
-    if not isinstance(graph, Data) or getattr(run.config, "evaluation", "") != "full":
-        raise ValueError("the graph is typed, or the run was evaluated in batches")
-    model = run.load_model(task)
-    (batch,) = task.loader("test", run.config.batch_size, None)
-    with torch.no_grad(), record_routing(model) as routings:
-        model(*batch.inputs)
-    known = {} if task.planted is None else {"nmi": task.planted}
-    if graph.y is not None and graph.y.dim() == 1:
-        known["ami_label"] = graph.y.clamp(min=-1)
-    to_draw = {PROPERTIES[name][0]: value for name, value in known.items()}
-    for number, routing in enumerate(routings, start=1):
-        expert = routing.top_expert.cpu()
-        to_draw[f"expert, MoE layer {number}"] = expert.where(expert < routing.num_experts, -1)
-    return draw_nodes(graph.edge_index, graph.num_nodes, to_draw)
 
 
 def learning_curves(runs: Sequence[RunFolder]) -> list[Figure]:

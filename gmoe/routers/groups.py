@@ -174,8 +174,8 @@ class Groups:
             capacity: C, for all groups or (B,).
         """
         scores_TE = torch.where(scores_TE.isnan(), torch.inf, scores_TE)
-        dtype = _dtype_of_marks()
-        chosen_TE = torch.zeros_like(scores_TE, dtype=dtype)
+        # Marks that are added: ONNX's runtime cannot add bytes.
+        chosen_TE = torch.zeros_like(scores_TE, dtype=torch.int32)
         for batch in self.batches(scores_TE.device):
             scores_BES = batch.take(scores_TE, padding=-torch.inf).transpose(1, 2).contiguous()
 
@@ -194,7 +194,7 @@ class Groups:
             tie_BES = scores_BES == last_BE1
             missing_BE1 = count - above_BES.sum(dim=2, keepdim=True)
             chosen_BES = above_BES | (tie_BES & (tie_BES.cumsum(dim=2) <= missing_BE1))
-            chosen_TE = batch.add(chosen_TE, chosen_BES.transpose(1, 2).to(dtype))
+            chosen_TE = batch.add(chosen_TE, chosen_BES.transpose(1, 2).int())
         return chosen_TE.T.bool()
 
     def best_pairs(self, scores_TE: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -261,12 +261,6 @@ def pairs_of_mask(mask_ET: Tensor, num_pairs: int | None = None) -> tuple[Tensor
 def _true_columns(mask_ET: Tensor, num_pairs: int) -> Tensor:
     """(P,) the columns of the true cells, row by row."""
     return torch.nonzero_static(mask_ET, size=num_pairs)[:, 1].contiguous()
-
-
-@exported_as(portable.dtype_of_marks)
-def _dtype_of_marks() -> torch.dtype:
-    """The dtype in which Boolean marks are added."""
-    return torch.uint8
 
 
 def gather_pairs(value_TE: Tensor, token_P: Tensor, offsets_E: Tensor) -> Tensor:

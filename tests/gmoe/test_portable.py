@@ -124,7 +124,6 @@ EQUAL: dict[str, Callable[[], Both]] = {
 
 CHOICES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Any, Any]] = {
     "kernel": (products.kernel_for, (torch.empty(0),), "loop", "padded"),
-    "dtype_of_marks": (groups._dtype_of_marks, (), torch.uint8, torch.int32),
 }
 """Functions that choose something else in an export: what they give, and what there."""
 
