@@ -252,6 +252,7 @@ ROUTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "expert_choice threshold": ("expert_choice", {"inference": "threshold"}),
     "attention_vote": ("attention_vote", {"head_dim": 4}),
     "multi_centroid": ("multi_centroid", {}),
+    "multi_centroid experts": ("multi_centroid", {"choice": "experts"}),
     "random": ("random", {}),
     "uniform": ("uniform", {}),
 }

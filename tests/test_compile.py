@@ -33,7 +33,7 @@ four: Callable[..., nn.Module] = partial(conv, num_experts=4)
 gnn: Callable[..., nn.Module] = partial(GNNMoE, WIDTH, WIDTH, WIDTH, 3, num_experts=4)
 
 TYPED = ("HeteroConv",)
-RAGGED = ("MoE expert_choice", "MoE attention_vote")
+RAGGED = ("MoE expert_choice", "MoE attention_vote", "MoE multi_centroid experts")
 """Cases of the contract, whose tokens are in groups of several sizes."""
 
 

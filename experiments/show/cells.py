@@ -121,7 +121,7 @@ def not_run(study: Mapping[str, Any], only: Sequence[str]) -> list[str]:
         column, _, row = cell.partition("/")
         is_shown = column in (only or study["columns"])
         if is_shown and row not in study["cells"].get(column, {}):
-            figure = study.get("published", {}).get(cell)
+            figure = study["published"].get(cell)
             beside = "" if figure is None else f" (published: {figure})"
             hours = price["hours"]
             time = f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"

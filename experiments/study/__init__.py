@@ -7,6 +7,7 @@ routers   The table of routers, and your own beside some of its rows.
 width     The arms of the study of width, and the graphs on which it is asked what it hangs on.
 variants  Packages with fewer labels, classes, or features.
 front     What that study found: accuracy at a cost, and where experts win.
+published OGB's molecules beside published figures.
 price     What the cells of a study would cost.
 forces    Forces of several theories, by experts: runs and table of a study of its own, whose
           arms are in potentials.

@@ -55,10 +55,15 @@ class Study:
     rows: Mapping[str, Row]
     controls: tuple[str, ...] = ()
     """The rows that others are compared with. The first is what FLOPs are relative to."""
+    published: Mapping[str, str] = field(default_factory=dict)
+    """Figures of others by ``COLUMN/ROW``."""
 
     def __post_init__(self) -> None:
         for control in self.controls:
             check_choice("controls", control, self.rows)
+        known = [f"{column}/{row}" for column in self.columns for row in self.rows]
+        for cell in self.published:
+            check_choice("published", cell, known)
 
     def config(self, column: str, row: str) -> RunConfig | None:
         """The configuration of a cell; ``None`` where the column leaves out the row.
@@ -106,4 +111,5 @@ class Study:
             "rows": list(self.rows),
             "labels": {name: row.label for name, row in self.rows.items()},
             "controls": list(self.controls),
+            "published": dict(self.published),
         }

@@ -228,11 +228,33 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphConfig(RunConfig):
+class NodeConfig(RunConfig):
     """Nodes of a graph, in a GNN."""
 
     undirected: bool = True
     """Add the reverse of every edge."""
+
+    def trains_whole(self) -> bool:
+        """Whether the whole graph is one batch."""
+        return True
+
+    def _check_processes(self) -> None:
+        check(
+            not self.trains_whole(),
+            "devices",
+            f"{self.devices} for {self.dataset} with full batches",
+            "one: a whole graph is one batch, which cannot be split; sample it",
+        )
+        super()._check_processes()
+
+    def evaluates_whole(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig(NodeConfig):
+    """Nodes of a graph of one node type."""
+
     residual: Literal["none", "identity", "linear"] = "identity"
     norm: str | None = None
     """The norm, by PyG's name."""
@@ -290,26 +312,27 @@ class GraphConfig(RunConfig):
         legal = "a dense model without ffn, on the whole graph"
         check(not self.input_again or is_control, "input_again", got, legal)
 
-    def _check_processes(self) -> None:
-        check(
-            self.sampling != "full",
-            "devices",
-            f"{self.devices} for {self.dataset} with full batches",
-            "one: a whole graph is one batch, which cannot be split; sample it",
-        )
-        super()._check_processes()
-
-    def evaluates_whole(self) -> bool:
-        return True
-
     def convs(self) -> tuple[str, ...]:
         return self.conv
+
+    def trains_whole(self) -> bool:
+        return self.sampling == "full"
 
     def evaluates_by_layer(self) -> bool:
         return self.evaluation == "layerwise"
 
     def draws_in_workers(self) -> bool:
         return self.sampling == "neighbor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedConfig(NodeConfig):
+    """Nodes of one type in a typed graph, in PyG's HeteroConv of a SAGE a relation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        legal = f"none for {self.dataset}; swap convs in a model of typed nodes of your own"
+        check(self.data is None, "data", repr(self.data), legal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +454,7 @@ class ImageConfig(RunConfig):
 
 TIMM = "timm/"
 """What the names of timm's models begin with."""
+TYPED = ("ogbn-mag",)
 IMAGES = ("digits", "cifar10", "cifar100", "imagenette", "images")
 """Data sets of each kind; all others are graphs, but OGB's molecules, ``ogbg-mol...``."""
 ERRORS = ("rmse",)
@@ -492,6 +516,8 @@ DATA_RECORDS = ("digest", "contents")
 
 def config_class(dataset: str) -> type[RunConfig]:
     """The configuration of a data set's kind."""
+    if dataset in TYPED:
+        return TypedConfig
     if dataset.startswith("ogbg-"):
         return MoleculeConfig
     return ImageConfig if dataset in IMAGES else GraphConfig

@@ -17,6 +17,7 @@ from experiments.train.config import (
     ImageConfig,
     MoleculeConfig,
     RunConfig,
+    TypedConfig,
 )
 from vision.recipe import Recipe
 
@@ -155,6 +156,9 @@ PROTEINS = replace(
 )
 """x is the mean of incident edge features."""
 
+MAG = TypedConfig(dataset="ogbn-mag", hidden=64, epochs=50, **OGB)
+"""Of its R-GCN, full-batch."""
+
 MOLECULES = MoleculeConfig(
     dataset="ogbg-molhiv",
     hidden=300,
@@ -219,6 +223,7 @@ PRESETS: dict[str, tuple[str, RunConfig]] = {
     "ogbn-arxiv": ("ogbn-arxiv, the OGB example's GCN.", ARXIV),
     "ogbn-products": ("ogbn-products, the OGB example's sampled SAGE.", PRODUCTS),
     "ogbn-proteins": ("ogbn-proteins, the OGB example's GCN.", PROTEINS),
+    "ogbn-mag": ("ogbn-mag, a SAGE a relation on the OGB example's recipe.", MAG),
 }
 """What the command line offers: a line of help, and the configuration."""
 for name in (

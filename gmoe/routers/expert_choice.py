@@ -6,10 +6,11 @@ Shapes: T tokens, D width, A experts with those that were pruned, E without, C c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmoe._checks import check_at_least, check_choice, check_positive
 from gmoe.choices import over_experts
@@ -67,9 +68,6 @@ class ExpertChoice(Router):
     """
 
     experts_choose = True
-    threshold_E: Tensor
-    """(E,) the running means of the logarithms of lowest scores, for threshold inference."""
-    steps: Tensor
 
     def __init__(
         self,
@@ -84,32 +82,76 @@ class ExpertChoice(Router):
     ) -> None:
         super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
         check_at_least(0, z_coef=z_coef)
-        check_positive("capacity_factor", capacity_factor)
-        check_choice("inference", inference, Inference)
         self.z_coef = z_coef
-        self.capacity_factor = capacity_factor
-        self.inference = inference
         self.gate = Gate(dim, num_experts)
-        if inference == "threshold":
-            self.register_buffer("threshold_E", at_least_float32(torch.zeros(num_experts)))
-            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.selection = ExpertSelection(num_experts, capacity_factor, inference)
         self.by_token = inference == "threshold"
         self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         reset_linear(self.gate)
-        if self.inference == "threshold":
-            self.threshold_E.zero_()
-            self.steps.zero_()
+        self.selection.reset_parameters()
 
     def route(self, x_TD: Tensor, group: Tensor | int, edge_index: Tensor | None) -> Routing:
         logits_TA = scores_of(self.gate, x_TD)
         losses = {}
         if self.z_coef > 0:
             losses["z"] = AuxLoss(self.z_loss(self.of_alive(logits_TA)), self.z_coef)
+        return self.selection(self, logits_TA, group, losses)
+
+
+class ExpertSelection(nn.Module):
+    """Each expert takes its C best tokens of a group, or in evaluation those above a threshold.
+
+    ``C = clamp(ceil(capacity_factor * K * T_group / A), 1, T_group)``: an expert takes as many when
+    others are pruned.
+
+    For threshold inference it keeps a running mean for each expert: of the logarithm of the lowest
+    score that it took, its *threshold*. In evaluation it stands for the group, so that each token
+    is routed by itself.
+
+    Args:
+        num_experts: E.
+        capacity_factor: scales the number of tokens that an expert takes.
+        inference: ``"group"`` or ``"threshold"``.
+    """
+
+    threshold_E: Tensor
+    steps: Tensor
+
+    def __init__(self, num_experts: int, capacity_factor: float, inference: Inference) -> None:
+        super().__init__()
+        check_positive("capacity_factor", capacity_factor)
+        check_choice("inference", inference, Inference)
+        self.capacity_factor = capacity_factor
+        self.inference = inference
+        if inference == "threshold":
+            self.register_buffer("threshold_E", at_least_float32(torch.zeros(num_experts)))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def reset_parameters(self) -> None:
+        """Forget the thresholds."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def forward(
+        self,
+        router: Router,
+        logits_TA: Tensor,
+        group: Tensor | int,
+        losses: Mapping[str, AuxLoss],
+    ) -> Routing:
+        """Select the pairs, and move the thresholds.
+
+        Args:
+            router: the router, for its experts, its weighting and its process group.
+            logits_TA: the logits.
+            group: the tokens that compete, see :meth:`gmoe.routers.Router.route`.
+            losses: auxiliary losses, which the routing passes on.
+        """
         num_tokens = logits_TA.size(0)
-        log_scores_TE = self.of_alive(over_experts(torch.log_softmax, logits_TA))
+        log_scores_TE = router.of_alive(over_experts(torch.log_softmax, logits_TA))
 
         if self.inference == "threshold" and not self.training:
             # Each token by itself: the thresholds stand for the group.
@@ -121,30 +163,33 @@ class ExpertChoice(Router):
             token_P, offsets_E = pairs_of_mask((log_scores_TE >= self.threshold_E).T)
         else:
             groups = Groups.of(group, num_tokens)
-            share = self.capacity_factor * self.k / self.num_scored
+            share = self.capacity_factor * router.k / router.num_scored
             token_P, offsets_E = groups.best_pairs(log_scores_TE, share)
-            if self.inference == "threshold" and self.is_training_step():
-                self._update(log_scores_TE.detach(), token_P, groups)
+            if self.inference == "threshold" and router.is_training_step():
+                self._update(router, log_scores_TE.detach(), token_P, groups)
 
         log_gate_P = gather_pairs(log_scores_TE, token_P, offsets_E)
-        weight_P = pair_weights(self.weight, log_gate_P, token_P, num_tokens)
+        weight_P = pair_weights(router.weight, log_gate_P, token_P, num_tokens)
         return Routing(
             token_P, offsets_E, weight_P, log_scores_TE.exp(), num_tokens, losses, validate=False
         )
 
-    def _update(self, log_scores_TE: Tensor, token_P: Tensor, groups: Groups) -> None:
+    def _update(
+        self, router: Router, log_scores_TE: Tensor, token_P: Tensor, groups: Groups
+    ) -> None:
         """Move the thresholds by the mean of a step over the groups of all processes.
 
         Without groups, or if the mean is NaN or infinite, they stay.
 
         Args:
+            router: for its process group.
             log_scores_TE: what tokens were ranked by.
             token_P: the tokens of the chosen pairs: each expert has as many.
             groups: the groups.
         """
         # 1. The lowest score that each expert took in each group.
         num_groups = groups.num_groups
-        token_EC = token_P.view(self.num_experts, -1)
+        token_EC = token_P.view(router.num_experts, -1)
         group_EC = groups.of_tokens(token_P).view_as(token_EC)
         log_score_EC = log_scores_TE.T.gather(1, token_EC)
         last_EB = log_score_EC.new_full((token_EC.size(0), num_groups), torch.inf)
@@ -152,15 +197,14 @@ class ExpertChoice(Router):
 
         # 2. Move the mean of these: the first ten steps count evenly.
         number = last_EB.new_full((), num_groups)
-        number, sum_E = self.summed(number, last_EB.sum(dim=1))
+        number, sum_E = router.summed(number, last_EB.sum(dim=1))
         is_valid = (number > 0) & sum_E.isfinite().all()
         steps = self.steps + is_valid
         share = (1.0 / steps.clamp(min=1)).clamp(min=MOMENTUM)
         before_E = self.threshold_E
         moved_E = before_E + share.to(before_E.dtype) * (sum_E / number - before_E)
         threshold_E = torch.where(is_valid, moved_E, before_E)
-        self.update_counters([self.steps, self.threshold_E], [steps, threshold_E])
+        router.update_counters([self.steps, self.threshold_E], [steps, threshold_E])
 
     def extra_repr(self) -> str:
-        how = f"inference={self.inference!r}, capacity_factor={self.capacity_factor}"
-        return f"{super().extra_repr()}, {how}"
+        return f"inference={self.inference!r}, capacity_factor={self.capacity_factor}"

@@ -7,15 +7,19 @@ N centroids of all experts, or clusters of k-means.
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gmoe._autograd import row_norms
-from gmoe._checks import check, check_at_least, check_counts, described
+from gmoe._checks import check, check_at_least, check_choice, check_counts, described
 from gmoe.losses import separation_loss
 from gmoe.routers.base import Router, Weighting, best_experts
+from gmoe.routers.expert_choice import ExpertSelection, Inference
 from gmoe.routing import AuxLoss, Routing
+
+Choice: TypeAlias = Literal["tokens", "experts"]
 
 TEMPERATURE = 0.1
 """What the temperature starts with."""
@@ -42,21 +46,24 @@ class MultiCentroid(Router):
     Args:
         dim: D, the width of the tokens.
         num_experts: E.
-        k: K, experts per token (default 1).
-        weight: see :class:`Router`; default ``"normalized"`` if K >= 2, else ``"score"``; in a
-            layer of copies ``"straight_through"`` at K = 1.
+        k: K, experts per token (on average, where experts choose; default 1).
+        weight: see :class:`Router`; default ``"normalized"`` where tokens choose and K >= 2, else
+            ``"score"``; in a layer of copies ``"straight_through"`` at K = 1.
         num_centroids: M, centroids per expert (default 4).
+        choice: ``"tokens"`` (default): tokens take their top-K experts, as in :class:`TokenChoice`.
+            ``"experts"``: experts take their top-C tokens of a group, as in :class:`ExpertChoice`.
         separation_coef: coefficient of the separation loss, the mean squared positive cosine
             between centroids within and across experts (default 0.01; 0 for no loss).
+        capacity_factor, inference: for ``choice="experts"``, see :class:`ExpertChoice`.
 
     Shapes:
         See :class:`Router`.
 
     Raises:
         ValueError: an argument out of range.
+        RuntimeError: threshold inference before the first training step.
     """
 
-    by_token = True
     center_D: Tensor
 
     def __init__(
@@ -67,24 +74,41 @@ class MultiCentroid(Router):
         k: int = 1,
         weight: Weighting | None = None,
         num_centroids: int = 4,
+        choice: Choice = "tokens",
         separation_coef: float = 0.01,
+        capacity_factor: float = 1.0,
+        inference: Inference = "group",
     ) -> None:
-        weight = weight or ("normalized" if k >= 2 else "score")
+        weight = weight or ("normalized" if choice == "tokens" and k >= 2 else "score")
         super().__init__(dim, num_experts=num_experts, k=k, weight=weight)
+        check_choice("choice", choice, Choice)
         check_counts(num_centroids=num_centroids)
         check_at_least(0, separation_coef=separation_coef)
+        if choice == "tokens":
+            legal = "the default beside choice='tokens'"
+            check(capacity_factor == 1.0, "capacity_factor", capacity_factor, legal)
+            check(inference == "group", "inference", repr(inference), legal)
+        self.choice = choice
         self.num_centroids = num_centroids
         self.separation_coef = separation_coef
         self.centroid = nn.Parameter(torch.empty(num_experts, num_centroids, dim))
         self.log_temperature = nn.Parameter(torch.empty(1))  # FSDP2 refuses scalars
         self.register_buffer("center_D", torch.zeros(dim))
-        self.sums_to_one = self._picks_sum_to_one
+        selection = ExpertSelection(num_experts, capacity_factor, inference)
+        self.selection = selection if choice == "experts" else None
+        self.experts_choose = choice == "experts"
+        self.by_token = choice == "tokens" or inference == "threshold"
+        self.sums_to_one = choice == "tokens" and self._picks_sum_to_one
+        if choice == "experts":
+            self.experts_per_token = min(k * capacity_factor, float(num_experts))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.centroid)
         nn.init.constant_(self.log_temperature, math.log(TEMPERATURE))
         self.center_D.zero_()
+        if self.selection is not None:
+            self.selection.reset_parameters()
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor, *, seed: int = 0) -> None:
@@ -136,15 +160,17 @@ class MultiCentroid(Router):
         inverse_temperature = (-self.log_temperature.to(cosine_TN.dtype)).exp()
         logits_TA = cosine_TAM.amax(dim=-1) * inverse_temperature
 
-        # 3. Tokens choose.
+        # 3. Experts or tokens choose.
         losses = {}
         if self.separation_coef > 0:
             unit_EMD = self.of_alive(unit_ND.view_as(self.centroid), dim=0)
             losses["separation"] = AuxLoss(separation_loss(unit_EMD), self.separation_coef)
+        if self.selection is not None:
+            return self.selection(self, logits_TA, group, losses)
         return self._route_to(best_experts(self.of_alive(logits_TA), self.k), logits_TA, losses)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_centroids={self.num_centroids}"
+        return f"{super().extra_repr()}, num_centroids={self.num_centroids}, choice={self.choice!r}"
 
 
 def kmeans(x_TD: Tensor, num_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

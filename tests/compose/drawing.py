@@ -56,6 +56,10 @@ class Sigmoids(Router):
         return Routing.from_choices(expert_TK, weight_TK, num_experts=self.num_experts)
 
 
+BY_EXPERTS = {
+    "capacity_factor": (0.6, 1.3, 2.0),
+    "inference": ("threshold",),
+}
 ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
     "token_choice": {
         "balance": ("bias", "switch", None),
@@ -63,16 +67,12 @@ ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
         "z_coef": (0.1,),
         "capacity_factor": (0.75, 1.5),
     },
-    "expert_choice": {
-        "capacity_factor": (0.6, 1.3, 2.0),
-        "inference": ("threshold",),
-        "z_coef": (0.1,),
-    },
+    "expert_choice": {**BY_EXPERTS, "z_coef": (0.1,)},
     "attention_vote": {
         "capacity_factor": (0.6,),
         "scope": ("neighbors",),
     },
-    "multi_centroid": {"num_centroids": (1, 2)},
+    "multi_centroid": {"num_centroids": (1, 2), "choice": ("experts",), **BY_EXPERTS},
     "random": {},
     "uniform": {},
     Sigmoids: {},
@@ -80,7 +80,7 @@ ROUTERS: dict[Any, Mapping[str, Sequence[Any]]] = {
 OF_TOKENS = ("token_choice", "token_choice", "multi_centroid", "random", "uniform")
 """Routers whose weights of a token can sum to 1, as copies need, and that decide token by token."""
 
-DROPS = ("capacity_factor", "inference")
+DROPS = ("capacity_factor", "choice", "inference")
 """Options by which a token may have no expert."""
 
 
@@ -109,6 +109,9 @@ def draw_router(
         names = [name for name in OF_TOKENS if name in names] + [None] * (None in names)
     router = random.choice(names)
     options = without(some(random, ROUTERS.get(router, {})), *left_out)
+    if router == "multi_centroid" and options.get("choice") != "experts":
+        # Tokens choose, and these are refused.
+        options = without(options, *BY_EXPERTS)
     # These have one rule for weights.
     has_weight = router not in ("uniform", Sigmoids, None)
     if has_weight and flip(random):

@@ -352,7 +352,7 @@ def default_start(c: Config) -> str | None:
     kwargs = c.options["router_kwargs"]
     tokens_choose = {
         "token_choice": "capacity_factor" not in kwargs,
-        "multi_centroid": True,
+        "multi_centroid": kwargs.get("choice") != "experts",
         "random": True,
         "uniform": True,
     }

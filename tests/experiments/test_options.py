@@ -69,7 +69,7 @@ def forget_unknown_options() -> None:
         ),
         ("advise corra --out out", "preset: got 'corra', expected one of"),
         ("advise corra --out out", "did you mean 'cora'?"),
-        ("advise ogbg-molhiv --out out", "preset: got 'ogbg-molhiv'"),
+        ("advise ogbn-mag --out out", "preset: got 'ogbn-mag'"),
         ("advise ogbn-products --out out", "sampling: got 'neighbor' of ogbn-products, expected"),
         ("advise cora --metric roc_auc --out out", "metric: got 'roc_auc' for cora"),
         ("advise cora --budget 0 --out out", "budget: got 0.0, expected minutes above 0"),
@@ -140,8 +140,8 @@ def forget_unknown_options() -> None:
         ),
         ("train graph --data-root none.npz", "No such file or directory: 'none.npz'"),
         (
-            "train ogbg-molhiv --data OWN:sage",
-            "own_parts:sage', expected none for ogbg-molhiv",
+            "train ogbn-mag --data OWN:sage",
+            "own_parts:sage', expected none for ogbn-mag",
         ),
         # your own
         (
@@ -170,6 +170,7 @@ def forget_unknown_options() -> None:
         ("train digits --devices 2 --batch-size 33", "batch_size: got 33"),
         ("train digits --devices 0", "devices: got 0, expected at least 1"),
         ("train cora --devices 2", "a whole graph is one batch, which cannot be split"),
+        ("train ogbn-mag --devices 2", "for ogbn-mag with full batches, expected one"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:ChebConv")

@@ -39,6 +39,9 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "threshold": lambda: ExpertChoice(D, num_experts=E, inference="threshold", z_coef=0.1),
     "attention_vote": lambda: AttentionVote(D, num_experts=E),
     "multi_centroid": lambda: MultiCentroid(D, num_experts=E),
+    "multi_centroid-threshold": lambda: MultiCentroid(
+        D, num_experts=E, choice="experts", inference="threshold"
+    ),
 }
 
 

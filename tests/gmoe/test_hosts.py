@@ -31,6 +31,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "expert_choice by threshold": {"inference": "threshold"},
     "attention_vote": {},
     "multi_centroid": {},
+    "multi_centroid, experts choose": {"choice": "experts"},
     "random": {},
 }
 BY_TOKEN = ("token_choice", "expert_choice by threshold", "multi_centroid", "random")

@@ -34,6 +34,7 @@ from tests.helpers.vits import images
         ("expert_choice", {}),
         ("expert_choice", {"inference": "threshold"}),
         ("attention_vote", {}),
+        ("multi_centroid", {"choice": "experts"}),
         ("multi_centroid", {"weight": "score"}),
         ("random", {"weight": "score"}),
         ("token_choice", {"weight": "score", "balance": "switch"}),

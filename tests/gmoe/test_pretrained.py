@@ -119,9 +119,9 @@ def test_a_model_that_a_file_cannot_describe_comes_back_on_its_base(tmp_path: Pa
 
 
 CHANGED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "shared_router.capacity_factor": (
+    "selection.capacity_factor": (
         partial(GNN, router="expert_choice", start="shared", shared_router=True),
-        lambda model: setattr(model.shared_router, "capacity_factor", 2.0),
+        lambda model: setattr(model.shared_router.selection, "capacity_factor", 2.0),
     ),
     "capacity_factor": (
         partial(gmoe.ViTMoE, 8, router="token_choice"),

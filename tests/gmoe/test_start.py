@@ -107,6 +107,7 @@ NOT_ONE: dict[str, dict[str, Any]] = {
     "straight-through at K = 2": {"router": "token_choice", "k": 2, "router_kwargs": STRAIGHT},
     "expert choice": {"router": "expert_choice"},
     "votes": {"router": "attention_vote"},
+    "centroids that choose": {"router": "multi_centroid", "router_kwargs": {"choice": "experts"}},
 }
 
 

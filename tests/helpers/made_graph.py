@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from experiments.train.build import build_model
-from experiments.train.config import GraphConfig
+from experiments.train.config import GraphConfig, TypedConfig
 from experiments.train.data.graphs import directed, graph_task
 from experiments.train.data.task import GraphData, Split, Splits, Task
 
@@ -60,7 +60,7 @@ def make_config(**changes: Any) -> GraphConfig:
     return GraphConfig(**(defaults | changes))
 
 
-def make_task(config: GraphConfig, graph: GraphData | None = None) -> Task:
+def make_task(config: GraphConfig | TypedConfig, graph: GraphData | None = None) -> Task:
     return graph_task(directed(graph or make_graph(), config.undirected), config, 0)
 
 

@@ -26,6 +26,7 @@ from gmoe import (
     UniformRouter,
 )
 from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
+from gmoe.routers.expert_choice import ExpertSelection
 
 Pair: TypeAlias = tuple[int, int]
 """(token, expert)."""
@@ -86,13 +87,13 @@ class Case:
             if name in (
                 *bias,
                 "center_D",
-                "threshold_E",
+                "selection.threshold_E",
             ):
                 nn.init.normal_(value, std=0.2)
-            if name == "steps":
+            if name == "selection.steps":
                 value.fill_(1)
         if options.get("inference") == "threshold":
-            router.get_buffer("threshold_E").sub_(math.log(num_experts))
+            router.get_buffer("selection.threshold_E").sub_(math.log(num_experts))
         return router
 
 
@@ -113,7 +114,11 @@ CASES = [
     Case("attention_vote-capacity", AttentionVote, {"head_dim": 4, "capacity_factor": 0.6}),
     Case("attention_vote-neighbors", AttentionVote, {"head_dim": 4, "scope": "neighbors"}),
     Case("multi_centroid", MultiCentroid, {"num_centroids": 3}),
-    Case("multi_centroid-of-one", MultiCentroid, {"num_centroids": 1}),
+    Case("multi_centroid-experts", MultiCentroid, {"choice": "experts", "num_centroids": 2}),
+    Case("multi_centroid-of-one", MultiCentroid, {"choice": "experts", "num_centroids": 1}),
+    Case(
+        "multi_centroid-threshold", MultiCentroid, {"choice": "experts", "inference": "threshold"}
+    ),
     Case("random", RandomRouter),
     Case("uniform", UniformRouter),
     Case("oracle", OracleRouter),
@@ -308,18 +313,18 @@ def naive_logits(router: Router, x_TD: Tensor) -> Grid:
 
 
 def naive_selection(
-    router: ExpertChoice, probs: Grid, groups: list[list[int]]
+    router: Router, selection: ExpertSelection, probs: Grid, groups: list[list[int]]
 ) -> dict[Pair, Tensor]:
     """Experts choose, by rank or by threshold."""
-    if router.inference == "threshold" and not router.training:
+    if selection.inference == "threshold" and not router.training:
         pairs = [
             (t, e)
             for t in range(len(probs))
             for e in range(router.num_experts)
-            if probs[t][e].log().item() >= router.threshold_E[e].item()
+            if probs[t][e].log().item() >= selection.threshold_E[e].item()
         ]
     else:
-        pairs = choose_by_expert(values(probs), groups, router.k, router.capacity_factor)
+        pairs = choose_by_expert(values(probs), groups, router.k, selection.capacity_factor)
     return pair_weights(router.weight, {(t, e): probs[t][e] for t, e in pairs}, groups, False)
 
 
@@ -376,8 +381,8 @@ def naive_route(
         aux = aux + router.z_coef * naive_z_loss(logits)  # type: ignore[operator]
     if isinstance(router, MultiCentroid) and router.separation_coef:
         aux = aux + router.separation_coef * naive_separation(router.centroid)
-    if isinstance(router, ExpertChoice):
-        return naive_selection(router, probs, groups), aux
+    if isinstance(router, ExpertChoice | MultiCentroid) and router.selection is not None:
+        return naive_selection(router, router.selection, probs, groups), aux
 
     balance = router.balance if isinstance(router, TokenChoice) else None
     bias = [0.0] * len(experts)

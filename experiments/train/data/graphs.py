@@ -52,35 +52,54 @@ def directed(graph: GraphData, undirected: bool) -> GraphData:
     return replace(graph, data=ToUndirected(reduce="mean")(graph.data)) if undirected else graph
 
 
-def graph_task(graph: GraphData, config: GraphConfig, seed: int) -> Task:
-    """Node classification on the split of a seed."""
+def graph_task(graph: GraphData, config: Any, seed: int) -> Task:
+    """Node classification on the split of a seed; ``config`` is a ``NodeConfig``."""
     split = graph.splits(seed)
-    labels: Any = graph.data.y
+    data: Any = graph.data
+    labels = (data if graph.target is None else data[graph.target]).y
     if graph.metric_name == "roc_auc" and graph.metric is None:
         for each in config.seeds:  # before the first is trained
             parts = graph.splits(each)
             one = [part for part in ("val", "test") if len(labels[parts[part]].unique()) < 2]
             got = f"'roc_auc' with nodes of one class only in {' and '.join(one)} of seed {each}"
             check(not one, "metric", got, "both classes there")
-    batches = GraphBatches(graph, config, split)
+    of_kind: dict[str, Any]
+    if graph.target is None:
+        batches = GraphBatches(graph, config, split)
+        of_kind = {
+            "kind": "graph",
+            "in_channels": data.x.size(1),
+            "loader": batches,
+            "steps": batches.steps,
+            "graph": batches.data,
+        }
+    else:
+        x_dict = data.collect("x")
+        whole = {
+            part: [Batch((x_dict, data.edge_index_dict), labels[rows], rows)]
+            for part, rows in split.items()
+        }
+        of_kind = {
+            "kind": "typed",
+            "in_channels": {kind: x.size(1) for kind, x in x_dict.items()},
+            "loader": lambda part, *_: whole[part],
+            "graph": data,
+        }
     return Task(
         name=graph.name,
-        kind="graph",
-        in_channels=batches.data.num_features,
         num_classes=graph.num_outputs,
         metric_name=graph.metric_name,
         metric=graph.metric or make_metric(graph.metric_name, graph.num_outputs),
-        loader=batches,
-        steps=batches.steps,
         loss=task_loss,
-        graph=batches.data,
         split=split,
+        target=graph.target,
         planted=graph.planted,
+        **of_kind,
     )
 
 
 class GraphBatches:
-    """The batches of a graph in the split of a seed."""
+    """The batches of a graph of one node type in the split of a seed."""
 
     def __init__(self, graph: GraphData, config: GraphConfig, split: Splits) -> None:
         self.config = config
@@ -280,28 +299,30 @@ def stratified_splits(store: Any, seed: int) -> Splits:
     return {part: by_class[chosen[part]].sort().values for part in MASKS}
 
 
-def check_graph(where: str, data: Any) -> None:
+def check_graph(where: str, data: Any, target: str | None = None) -> None:
     """Refuse a graph that cannot be what it should.
 
     Its shapes have to fit, its edges point inside, its features be finite; each split has nodes
     in train, val and test, none of them in two, and each of them has a label of 0 or more.
-    ``where`` begins the message.
+    ``where`` begins the message; ``target`` is the node type of a typed graph that has
+    labels.
     """
-    x = data.x
-    is_table = x.dim() == 2 and x.size(1) > 0
-    got = f"features of shape {tuple(x.shape)}"
-    check(is_table and x.isfinite().all(), where, got, "finite numbers (nodes, width)")
+    store = data if target is None else data[target]
+    for x in [data.x] if target is None else data.collect("x", allow_empty=True).values():
+        is_table = x.dim() == 2 and x.size(1) > 0
+        got = f"features of shape {tuple(x.shape)}"
+        check(is_table and x.isfinite().all(), where, got, "finite numbers (nodes, width)")
     try:
         data.validate()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    masks = [data[mask] for mask in MASKS.values() if mask in data]
-    for value in (data.y, *masks):
-        has_rows = value.dim() in (1, 2) and len(value) == data.num_nodes
+    masks = [store[mask] for mask in MASKS.values() if mask in store]
+    for value in (store.y, *masks):
+        has_rows = value.dim() in (1, 2) and len(value) == store.num_nodes
         got = f"y or a mask of shape {tuple(value.shape)}"
-        check(has_rows, where, got, f"a row for each of {data.num_nodes} nodes")
+        check(has_rows, where, got, f"a row for each of {store.num_nodes} nodes")
     if not masks:
-        has_labels = (data.y >= 0).sum() >= 5
+        has_labels = (store.y >= 0).sum() >= 5
         check(has_labels, where, "fewer than 5 nodes with a label", "5 or more, or masks")
         return
     splits = max(mask[0].numel() for mask in masks)
@@ -312,5 +333,5 @@ def check_graph(where: str, data: Any) -> None:
     has_nodes = table.any(dim=1).all()
     check(has_nodes, where, "a split without nodes in one part", "some in train, val and test")
     check(table.sum(dim=0).max() <= 1, where, "a node in two parts of a split", "each in one")
-    labels = data.y[table.any(dim=2).any(dim=0)]
+    labels = store.y[table.any(dim=2).any(dim=0)]
     check((labels >= 0).all(), where, "a negative label in a split", "0 or more")

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 from torch_geometric.utils import scatter
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -28,7 +28,7 @@ from experiments.train.data.task import GraphData, Split
 from experiments.train.files import allowing, naming, read_tensors, replacing
 from gmoe._checks import check
 
-NODES = ("ogbn-arxiv", "ogbn-products", "ogbn-proteins")
+NODES = ("ogbn-arxiv", "ogbn-products", "ogbn-proteins", "ogbn-mag")
 """The sets of nodes."""
 KEPT = "processed/geometric_data_processed.pt"
 """What ogb makes of the files, in its folder."""
@@ -37,13 +37,17 @@ KEPT = "processed/geometric_data_processed.pt"
 def files_of(name: str) -> list[str]:
     """The files without which ``ogb`` would ask, download, or read less than there should be."""
     said = published(name)
-    names = ["edge", "num-node-list", "num-edge-list"]
-    names += ["node-feat"] if said["has_node_attr"] == "True" else []
-    names += ["edge-feat"] if said["has_edge_attr"] == "True" else []
-    names += ["graph-label" if name.startswith("ogbg-") else "node-label"]
+    is_typed = said.get("is hetero") == "True"
+    names = ["num-node-dict", "triplet-type-list", "nodetype-has-label"]
+    names += [f"{file}/paper/{file}" for file in ("node-feat", "node-label")]
+    if not is_typed:
+        names = ["edge", "num-node-list", "num-edge-list"]
+        names += ["node-feat"] if said["has_node_attr"] == "True" else []
+        names += ["edge-feat"] if said["has_edge_attr"] == "True" else []
+        names += ["graph-label" if name.startswith("ogbg-") else "node-label"]
+    split = f"split/{said['split']}/paper" if is_typed else f"split/{said['split']}"
     files = [f"RELEASE_v{said['version']}.txt", *(f"raw/{file}.csv.gz" for file in names)]
-    parts = ("train", "valid", "test")
-    return [*files, *(f"split/{said['split']}/{part}.csv.gz" for part in parts)]
+    return [*files, *(f"{split}/{part}.csv.gz" for part in ("train", "valid", "test"))]
 
 
 def folder_of(name: str, root: Path) -> Path:
@@ -52,7 +56,7 @@ def folder_of(name: str, root: Path) -> Path:
 
 
 def read_ogb(name: str, root: Path) -> tuple[Any, dict[Split, Any]]:
-    """``ogb``'s data set, and its split.
+    """``ogb``'s data set, and its split (of a typed graph by node type).
 
     Raises:
         FileNotFoundError: something is missing; says where it is published.
@@ -104,19 +108,26 @@ def load_ogb(name: str, root: Path) -> GraphData:
     folder, ``ogbn_arxiv``.
 
     Edges are as ``ogb`` gives them (of products and proteins in both directions); proteins'
-    ``x`` is the mean of ``edge_attr`` over the edges of a node.
+    ``x`` is the mean of ``edge_attr`` over the edges of a node. ogbn-mag is a ``HeteroData``
+    whose papers alone have ``x`` and ``y``.
     """
     check(name in NODES, "name", repr(name), f"one of {', '.join(NODES)}")
     dataset, split = read_ogb(name, root)
     given = dataset[0]
-    y = given.y.view(-1) if dataset.num_tasks == 1 else given.y.float()
-    data: Any = Data(y=y, edge_index=given.edge_index, x=given.x)
+    target = "paper" if name == "ogbn-mag" else None
+    if target is not None:
+        data: Any = typed(given)
+        split = {part: rows[target] for part, rows in split.items()}
+        y = data[target].y
+    else:
+        y = given.y.view(-1) if dataset.num_tasks == 1 else given.y.float()
+        data = Data(y=y, edge_index=given.edge_index, x=given.x)
     if name == "ogbn-proteins":
         data.edge_attr = given.edge_attr
         ends = given.edge_index[1]
         data.x = scatter(given.edge_attr, ends, dim_size=given.num_nodes, reduce="mean")
     where = str(folder_of(name, root))
-    check_graph(where, data)
+    check_graph(where, data, target)
     classes = int(dataset.num_classes)
     got = f"labels from {y.min():g} to {y.max():g}"
     check(0 <= y.min() <= y.max() < classes, where, got, f"0 to {classes - 1}")
@@ -127,7 +138,20 @@ def load_ogb(name: str, root: Path) -> GraphData:
         metric=partial(OGBMetric, name),
         metric_name="accuracy" if dataset.num_tasks == 1 else "roc_auc",
         num_outputs=classes if dataset.num_tasks == 1 else dataset.num_tasks,
+        target=target,
     )
+
+
+def typed(given: Any) -> HeteroData:
+    """ogbn-mag as a ``HeteroData``; models are drawn in this order."""
+    data = HeteroData()
+    for kind in sorted(given.num_nodes_dict):
+        data[kind].num_nodes = given.num_nodes_dict[kind]
+    data["paper"].x = given.x_dict["paper"]
+    data["paper"].y = given.y_dict["paper"].view(-1)
+    for relation, edge_index in given.edge_index_dict.items():
+        data[relation].edge_index = edge_index
+    return data
 
 
 class OGBMetric(Metric):

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 from torchmetrics import Metric
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -54,9 +54,10 @@ class Task:
     """
 
     name: str
-    # Inputs are those of a GNN, of a GNN of molecules, or images
-    kind: Literal["graph", "molecule", "image"]
-    in_channels: int  # width of the nodes, or height and width of the images
+    # Inputs are those of a GNN, of a relational one, of a GNN of molecules, or images
+    kind: Literal["graph", "typed", "molecule", "image"]
+    # Width of the nodes (by type, None without features), or height and width of the images
+    in_channels: Any
     num_classes: int  # width of the logits
     metric_name: str
     # Is updated with (logits, target); higher is better, in 0..1, unless it is one of ERRORS
@@ -67,8 +68,9 @@ class Task:
     steps: Callable[[int], int] = lambda _: 1  # training batches in an epoch, by batch size
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy  # of (logits, target), in training
     # The whole graph, for models that need more of it than batches hold
-    graph: Data | None = None
+    graph: Data | HeteroData | None = None
     split: Splits | None = None  # the nodes, or molecules, of train, val and test
+    target: str | None = None  # of a typed graph, the node type that has labels
     # (T,) the expert that each token should go to, where that is known
     planted: Tensor | None = None
     classes: tuple[str, ...] = ()  # names, where they are known
@@ -82,10 +84,11 @@ class GraphData:
     """A graph before it is made into batches: nodes, edges, labels, and who is trained on."""
 
     name: str
-    data: Data  # y is (N,) classes, or (N, tasks) binary labels
+    data: Data | HeteroData  # y is (N,) classes, or (N, tasks) binary labels
     splits: Callable[[int], Splits]  # of a seed; of S fixed splits seed s takes s % S
     num_outputs: int  # width of the logits
     metric_name: MetricName = "accuracy"
     metric: Callable[[], Metric] | None = None  # another than that of the name
+    target: str | None = None  # of a typed graph, the node type that has labels
     # (N,) the expert that each node should go to, where that is known
     planted: Tensor | None = None

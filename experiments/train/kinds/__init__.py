@@ -1,7 +1,7 @@
 """The kinds of data that a run may be about: one class each, all that differs between them.
 
 base       What training asks of a kind.
-graphs     Nodes of a graph.
+graphs     Nodes of a graph, of one node type or of several.
 molecules  OGB's molecules, a graph each.
 images     Images, in a ViT.
 """
@@ -15,6 +15,7 @@ from experiments.train.config import (
     ImageConfig,
     MoleculeConfig,
     RunConfig,
+    TypedConfig,
 )
 from experiments.train.user_code import load_object
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[type[RunConfig], str] = {
     GraphConfig: "graphs:Graphs",
+    TypedConfig: "graphs:TypedGraphs",
     MoleculeConfig: "molecules:MoleculeSets",
     ImageConfig: "images:Images",
 }

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import nn
 
 import gmoe
-from experiments.train.config import GraphConfig, MoleculeConfig, RunConfig
+from experiments.train.config import MoleculeConfig, NodeConfig, RunConfig
 from experiments.train.data.task import Task
 from experiments.train.user_code import load_object
 from gmoe._checks import check
 
 Config = TypeVar("Config", bound=RunConfig)
-GNNConfig = TypeVar("GNNConfig", bound=GraphConfig | MoleculeConfig)
+GNNConfig = TypeVar("GNNConfig", bound=NodeConfig | MoleculeConfig)
 
 
 class Kind(ABC, Generic[Config]):

@@ -1,4 +1,4 @@
-"""Nodes of a graph, in a ``GNNMoE``."""
+"""Nodes of a graph, of one node type or of several: GNNs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch_geometric.data import HeteroData
 
 import gmoe
-from experiments.train.config import GraphConfig
+from experiments.train.config import GraphConfig, NodeConfig, TypedConfig
 from experiments.train.data import made
 from experiments.train.data.graphs import directed, graph_task
 from experiments.train.data.named import load_graph
@@ -21,15 +22,17 @@ from experiments.train.data.task import GraphData, Task
 from experiments.train.files import read_npy
 from experiments.train.input_again import InputAgain
 from experiments.train.kinds.base import GNNKind
+from experiments.train.typed_gnn import TypedGNN
 from experiments.train.user_code import load_conv, load_object
 from gmoe._checks import check
 
+Config = TypeVar("Config", bound=NodeConfig)
 OF_ROUTERS = ("router", "router_kwargs", "num_experts", "k", "every", "start", "router_input")
 """What a dense model does not take."""
 
 
-class Graphs(GNNKind[GraphConfig]):
-    """Nodes of a graph, in a ``GNNMoE``."""
+class Nodes(GNNKind[Config]):
+    """Nodes of a graph: what both kinds of graphs share."""
 
     def tasks(self) -> Callable[[int], Task]:
         whole = directed(self.named(), self.config.undirected)
@@ -38,14 +41,21 @@ class Graphs(GNNKind[GraphConfig]):
     def named(self) -> GraphData:
         """The graph that the data set's name means, its edges as they are given."""
         config = self.config
-        name, code = config.dataset, config.data
+        return load_graph(config.dataset, config.data_root, offline=config.offline)
+
+
+class Graphs(Nodes[GraphConfig]):
+    """Nodes of a graph of one node type, in a ``GNNMoE``."""
+
+    def named(self) -> GraphData:
+        name, code = self.config.dataset, self.config.data
         if code is not None:
-            return graph_of(load_object("data", code)(), code, code, config.metric)
+            return graph_of(load_object("data", code)(), code, code, self.config.metric)
         if name == "graph":
-            return own_graph(config.data_root, config.metric)
+            return own_graph(self.config.data_root, self.config.metric)
         if name in made.GRAPHS:
             return made.GRAPHS[name]()
-        return load_graph(name, config.data_root, offline=config.offline)
+        return super().named()
 
     def note_data(self, digest: Any) -> dict[str, Any]:
         root = self.config.data_root
@@ -115,6 +125,26 @@ class Graphs(GNNKind[GraphConfig]):
             check(not why, "evaluation", f"'layerwise' ({why})", "'full'")
 
 
+class TypedGraphs(Nodes[TypedConfig]):
+    """Nodes of one type in a typed graph, in a ``TypedGNN``."""
+
+    def sizes(self, task: Task) -> list[Any]:
+        assert task.graph is not None
+        return [*super().sizes(task), task.graph.metadata()]
+
+    def model(self, task: Task) -> nn.Module:
+        assert isinstance(task.graph, HeteroData)
+        assert task.target is not None
+        return TypedGNN(
+            task.graph,
+            task.target,
+            self.config.hidden,
+            task.num_classes,
+            self.config.layers,
+            **self.model_options(task),
+        )
+
+
 def check_width(config: GraphConfig, task: Task) -> None:
     """Refuse a width that memory cannot hold, before a weight is drawn.
 
@@ -126,7 +156,7 @@ def check_width(config: GraphConfig, task: Task) -> None:
     has_experts = config.router != "dense" and config.every == 1 and config.ffn is None
     columns = task.in_channels + (config.layers - 2) * config.hidden + task.num_classes
     weights = (config.experts if has_experts else 1) * columns * config.hidden
-    rows = task.graph.num_nodes if config.sampling == "full" and task.graph is not None else 1
+    rows = task.graph.num_nodes if config.trains_whole() and task.graph is not None else 1
     needed = 4 * (rows * (config.layers + 1) * config.hidden + 4 * weights)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available() and config.device in ("auto", "cuda"):

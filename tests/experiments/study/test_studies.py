@@ -11,7 +11,7 @@ import pytest
 
 import gmoe
 from experiments.study.studies import CONTROLS, Row, Study
-from experiments.train.config import GraphConfig, ImageConfig, MoleculeConfig
+from experiments.train.config import GraphConfig, ImageConfig, MoleculeConfig, TypedConfig
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
 
 STUDY = Study(
@@ -53,6 +53,8 @@ def test_what_a_study_does_not_have_is_refused() -> None:
         STUDY.cells(rows=["five"])
     with pytest.raises(ValueError, match=r"^controls: got 'wide', expected one of dense, four"):
         replace(STUDY, controls=("wide",))
+    with pytest.raises(ValueError, match=r"^published: got 'sea/four'"):
+        replace(STUDY, published={"sea/four": "1"})
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def test_presets_leave_routing_to_the_library(name: str) -> None:
     assert config.layer_options() == config.options.given() == {}
     models = {
         ImageConfig: gmoe.ViTMoE,
+        TypedConfig: gmoe.MoEConv,
         GraphConfig: gmoe.GNNMoE,
         MoleculeConfig: gmoe.GNNMoE,
     }

@@ -60,7 +60,7 @@ def test_the_critical_look_has_the_parameters_of_its_code() -> None:
     preset = PRESETS["roman-empire"][1]
     graph = make_graph()
     changes: dict[str, Any] = {"router": "dense", "layers": 3, "hidden": 10}
-    config: Any = replace(preset, **changes)
+    config = replace(preset, **changes)
     model = kind_of(config).model(graph_task(graph, config, 0))
     block = (10 * 2 * 10 + 10) + (10 * 10 + 10) + 2 * 10
     in_channels = graph.data.num_features

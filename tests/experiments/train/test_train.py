@@ -118,6 +118,7 @@ def test_compare_refuses_the_folder_of_another_run_before_it_trains(
         "ogbn-arxiv --conv gcn sage --kmeans-init --router multi_centroid",
         "graph --data-root 'a b/x.npz' --metric roc_auc --router-input node degree --lr 1e-5",
         "cora --router x.py:Router --no-undirected --shared-router True",
+        "ogbn-mag --hidden 3",
         "images --scale 0.3 1 --reprob 0.5 --aa rand-m9 --mixup 0.4 --grad-accum-steps 2",
         "images --scale None --augment standard --interpolation bicubic --precision bf16-mixed",
         "images --model timm/vit_tiny_patch16_224 --model-kwargs patch_size=4 depth=2",

@@ -201,6 +201,10 @@ def test_on_a_gpu_with_the_graph_in_main_memory_or_in_files(mapped: Data, conv: 
     [
         ({"router": "expert_choice"}, "router: got ExpertChoice"),
         ({"router": "attention_vote"}, "router: got AttentionVote"),
+        (
+            {"router": "multi_centroid", "router_kwargs": {"choice": "experts"}},
+            "router: got MultiCentroid",
+        ),
         ({"norm": "layer_norm"}, "norm: got LayerNorm"),
         ({"jk": "cat"}, "jk: got 'cat'"),
     ],

@@ -45,7 +45,11 @@ E = 3
 
 GROUPED = [case for case in CASES if not case.needs_edges]  # degrees set equal rows apart
 
-ROW_WISE = [c for c in GROUPED if c.router not in (OracleRouter, AttentionVote)]
+ROW_WISE = [
+    c
+    for c in GROUPED
+    if c.router not in (OracleRouter, AttentionVote) and "choice" not in c.options
+]
 """Whose scores of equal tokens are equal to the last bit."""
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -330,9 +334,13 @@ def test_bad_sizes_and_weights(bad: dict[str, Any]) -> None:
         *((TokenChoice, {"capacity_factor": value}) for value in (0, -1.0, math.nan)),
         *((TokenChoice, {name: -1}) for name in ("balance_coef", "bias_rate", "z_coef")),
         (ExpertChoice, {"z_coef": -1}),
-        *((router, {"capacity_factor": 0}) for router in (ExpertChoice, AttentionVote)),
-        (ExpertChoice, {"inference": "batch"}),
+        *(
+            (router, {"capacity_factor": 0})
+            for router in (ExpertChoice, AttentionVote, MultiCentroid)
+        ),
+        *((router, {"inference": "batch"}) for router in (ExpertChoice, MultiCentroid)),
         *((AttentionVote, {name: value}) for name, value in (("scope", "graph"), ("head_dim", 0))),
+        (MultiCentroid, {"choice": "both"}),
         (MultiCentroid, {"num_centroids": 0}),
         (MultiCentroid, {"separation_coef": -1}),
         (SoftSlots, {"slots": 0}),

@@ -34,6 +34,7 @@ def test_every_public_router_has_a_name() -> None:
         ("token_choice", {}, "score", "normalized"),
         ("random", {}, "straight_through", "normalized"),
         ("multi_centroid", {}, "score", "normalized"),
+        ("multi_centroid", {"choice": "experts"}, "score", "score"),
         ("expert_choice", {}, "score", "score"),
         ("attention_vote", {}, "score", "score"),
         ("token_choice", {"weight": "score"}, "score", "score"),
@@ -81,6 +82,17 @@ FOUR = TokenChoice(6, num_experts=4)
         ("router: got", FOUR, {"num_experts": 8}),
         ("router: got", FOUR, {"dim": 7}),
         ("k: got 3, expected none beside a router instance of k=1", FOUR, {"k": 3}),
+        *(
+            (
+                f"{name}: got {value!r}, expected the default beside choice='tokens'",
+                "multi_centroid",
+                {"kwargs": {name: value}},
+            )
+            for name, value in (
+                ("capacity_factor", 0.5),
+                ("inference", "threshold"),
+            )
+        ),
         ("k: got", "token_choice", {"k": 5}),
         ("router_kwargs", "expert_choice", {"kwargs": {"k": 2}}),
         ("router_kwargs", "expert_choice", {"kwargs": 3}),

@@ -47,7 +47,7 @@ def step(router: ExpertChoice, *probs: float, batch: list[int] | None = None) ->
 def assert_thresholds(router: ExpertChoice, *expected: list[float]) -> None:
     """For each expert, the mean of the logarithms of some probabilities."""
     means = [sum(map(math.log, probs)) / len(probs) for probs in expected]
-    assert router.threshold_E.tolist() == pytest.approx(means)
+    assert router.selection.threshold_E.tolist() == pytest.approx(means)
 
 
 def test_the_threshold_by_hand(router: ExpertChoice) -> None:

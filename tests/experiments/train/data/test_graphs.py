@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,14 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch_geometric.data import HeteroData
 from torch_geometric.utils import add_self_loops
 
+from experiments.train.build import build_model
+from experiments.train.config import TypedConfig
 from experiments.train.data.graphs import MULTIPLYING, TwoClassAUROC, directed
-from experiments.train.data.task import Split, Task
+from experiments.train.data.named import load_graph
+from experiments.train.data.task import GraphData, Split, Task
 from experiments.train.training import set_up
 from gmoe.conv.kinds import KINDS, factory_of
 from tests.helpers.made_graph import (
@@ -33,6 +38,7 @@ from tests.helpers.made_graph import (
     make_task,
     model_of,
 )
+from tests.helpers.ogb_data import write_nodes
 
 
 def counted(task: Task, part: Split, batch_size: int = 7, seed: int | None = None) -> list[int]:
@@ -267,6 +273,46 @@ def test_roc_auc_is_exact(rows: list[tuple[int, float, float]], cut: int) -> Non
     assert float(metric.compute()) == pytest.approx(roc_auc_score(target, score), abs=1e-6)
     metric.update(torch.tensor([[0.0, torch.nan]]), target[:1])
     assert metric.compute().isnan()
+
+
+@pytest.fixture(scope="module")
+def mag(tmp_path_factory: pytest.TempPathFactory) -> GraphData:
+    """Papers whose first feature is their number."""
+    root = tmp_path_factory.mktemp("ogb")
+    write_nodes("ogbn-mag", root, nodes=130)
+    graph = load_graph("ogbn-mag", root, offline=True)
+    graph.data["paper"].x[:, 0] = torch.arange(130)
+    return graph
+
+
+def mag_config(data_root: Path = Path("data"), **changes: Any) -> TypedConfig:
+    return TypedConfig(dataset="ogbn-mag", data_root=data_root, hidden=8, experts=2, **changes)
+
+
+def mag_task(mag: GraphData, **changes: Any) -> Task:
+    return make_task(mag_config(**changes), mag)
+
+
+@pytest.mark.parametrize("router", ["dense", "token_choice"])
+def test_each_paper_counts_once(mag: GraphData, router: Any) -> None:
+    task = mag_task(mag, router=router)
+    model = build_model(mag_config(router=router), task).eval()
+    for part in PARTS:
+        (batch,) = task.loader(part, 16, 2)
+        nodes = batch.counted(batch.inputs[0]["paper"])[:, 0].long()
+        assert nodes.tolist() == mag.splits(0)[part].tolist()
+        assert torch.equal(batch.target, mag.data["paper"].y[nodes])
+        assert batch.counted(model(*batch.inputs)).shape == (len(nodes), mag.num_outputs)
+
+
+@pytest.mark.parametrize("undirected", [True, False])
+def test_relations_have_reverses(mag: GraphData, undirected: bool) -> None:
+    graph = mag_task(mag, undirected=undirected).graph
+    assert isinstance(graph, HeteroData)
+    assert len(graph.edge_types) == (7 if undirected else 4)
+    cites = set(map(tuple, graph["paper", "cites", "paper"].edge_index.T.tolist()))
+    assert (cites == {(b, a) for a, b in cites}) == undirected
+    assert len(mag.data.edge_types) == 4
 
 
 @pytest.mark.parametrize("cls", [cls for cls, kind in KINDS.items() if kind.stack])
