@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import gmoe
-from tests.helpers.huggingface import MODELS, build, run
+from tests.helpers.huggingface import MODELS, build, labeled_images, run, trainer_of
 from tests.helpers.shrunk import moved
 
 MESSAGE = r"expert.*gmoe\.load\(folder\)"
@@ -149,27 +149,12 @@ def test_a_tampered_configuration_is_an_error(change: Callable[[Any], Any], tmp_
 # Trainer ------------------------------------------------------------------------------------------
 
 
-def images(count: int = 24) -> list[dict[str, Any]]:
-    drawn = torch.Generator().manual_seed(0)
-    pixels = torch.randn(count, 3, 16, 16, generator=drawn)
-    return [{"pixel_values": one, "labels": i % 2} for i, one in enumerate(pixels)]
-
-
-def trainer_of(model: Any, folder: Path, **options: Any) -> Any:
-    options = {
-        "max_steps": 6,
-        "save_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        **options,
-    }
-    arguments = hf.TrainingArguments(str(folder), **options)
-    data: Any = {"train_dataset": images(), "eval_dataset": images(8)}
-    return hf.Trainer(model=model, args=arguments, callbacks=[gmoe.TrainerSave()], **data)
+def saving(model: Any, folder: Path, **options: Any) -> Any:
+    """A Trainer that saves by gmoe every second step, of six."""
+    options = {"save_steps": 2, "learning_rate": 1e-2, **options}
+    trainer = trainer_of(model, folder, (24, 8), max_steps=6, logging_steps=1, **options)
+    trainer.add_callback(gmoe.TrainerSave())
+    return trainer
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -192,9 +177,9 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_losses(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Weights, counters of the routers, optimizer and schedule come back."""
-    whole = trainer_of(upcycled(**options), tmp_path / "whole")
+    whole = saving(upcycled(**options), tmp_path / "whole")
     whole.train()
-    again = trainer_of(upcycled(**options), tmp_path / "again")
+    again = saving(upcycled(**options), tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert losses_of(again)[4:] == losses_of(whole)[4:]
     assert len(losses_of(whole)) == 6
@@ -209,7 +194,7 @@ def test_the_default_arguments_save_and_resume(tmp_path: Path) -> None:
     arguments = hf.TrainingArguments(
         str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
     )
-    options: Any = {"train_dataset": images(), "callbacks": [gmoe.TrainerSave()]}
+    options: Any = {"train_dataset": labeled_images(24), "callbacks": [gmoe.TrainerSave()]}
     model = upcycled()
     hf.Trainer(model=model, args=arguments, **options).train()
     check_comes_back(model.eval(), tmp_path / "checkpoint-2")
@@ -222,7 +207,7 @@ def test_the_default_arguments_save_and_resume(tmp_path: Path) -> None:
 def test_the_best_model_comes_back_at_the_end(tmp_path: Path) -> None:
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
-    trainer = trainer_of(upcycled(), tmp_path, **evaluated, **best)
+    trainer = saving(upcycled(), tmp_path, **evaluated, **best)
     trainer.compute_metrics = lambda _: {"score": -trainer.state.global_step}
     first: dict[str, Tensor] = {}
 
@@ -243,7 +228,7 @@ def test_the_best_model_comes_back_at_the_end(tmp_path: Path) -> None:
 
 
 def test_the_model_alone_can_be_saved(tmp_path: Path) -> None:
-    trainer = trainer_of(upcycled(), tmp_path, save_only_model=True)
+    trainer = saving(upcycled(), tmp_path, save_only_model=True)
     trainer.train()
     folder = tmp_path / "checkpoint-6"
     assert not (folder / "optimizer.pt").exists()
@@ -254,10 +239,10 @@ def test_the_model_alone_can_be_saved(tmp_path: Path) -> None:
 def test_what_would_fail_at_the_first_checkpoint_is_refused_before_the_first_step(
     tmp_path: Path,
 ) -> None:
-    trainer = trainer_of(upcycled(router=partial(gmoe.TokenChoice, noise=False)), tmp_path)
+    trainer = saving(upcycled(router=partial(gmoe.TokenChoice, noise=False)), tmp_path)
     with pytest.raises(ValueError, match=r"^router: got an instance of partial, .*state_dict"):
         trainer.train()
-    trainer = trainer_of(upcycled(), tmp_path)
+    trainer = saving(upcycled(), tmp_path)
     trainer.args.push_to_hub = True
     with pytest.raises(ValueError, match=r"^push_to_hub: got True, .*upload_folder"):
         trainer.train()
@@ -277,7 +262,7 @@ class Wrapped(torch.nn.Module):
 
 
 def test_a_model_of_ones_own_is_saved_and_resumed(tmp_path: Path) -> None:
-    whole, again = (trainer_of(moved(Wrapped()), tmp_path / name) for name in ("whole", "again"))
+    whole, again = (saving(moved(Wrapped()), tmp_path / name) for name in ("whole", "again"))
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert losses_of(again)[4:] == losses_of(whole)[4:]

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +26,7 @@ from torch_geometric.nn import GraphSAGE
 
 import gmoe
 from gmoe import GNNMoE, MoEConv, RoutingStats, ViTMoE
+from tests.helpers.one_process import one_process
 from tests.helpers.sources import BY_SOURCE, BY_VECTOR, DIM, SOURCES, ByPosition
 from tests.torch_versions import COMPILES_GRAPHS
 
@@ -282,11 +282,9 @@ SLOW = ("export", "compile")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("gloo") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_process(tmp_path_factory.mktemp("gloo")):
+        yield
 
 
 def columns() -> Iterator[Any]:

@@ -8,7 +8,6 @@ the experts as they are. ``refused``: an error of gmoe's own, which says what to
 from __future__ import annotations
 
 import copy
-import gc
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,6 +30,7 @@ from gmoe.conv import matrix
 from tests import contract
 from tests.contract import CASES, METADATA, Case, assert_compiles, outcome, rows, run
 from tests.helpers.conv_cases import Two
+from tests.helpers.one_process import one_process
 from tests.torch_versions import COMPILES_GRAPHS, EXPORTS_GRAPHS
 
 LAYERS = {
@@ -292,14 +291,9 @@ def table() -> dict[tuple[str, str], str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("gloo") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    # A DDP that outlives its group frees it under the GIL, for which the group's own thread may be
-    # waiting.
-    gc.collect()
-    dist.destroy_process_group()
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_process(tmp_path_factory.mktemp("gloo")):
+        yield
 
 
 def verdict(row: str, name: str) -> str:

@@ -17,6 +17,7 @@ from torch_geometric.nn import Sequential as GraphSequential
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from gmoe import LinearExperts, MoE, MoEConv, TokenChoice, moefy, record_routing
+from tests.helpers.equal import assert_same
 from tests.helpers.mlps import Dropping, Llama, plain_mlp
 from tests.helpers.vits import images, timm_vit, torchvision_vit
 
@@ -39,10 +40,6 @@ def plain(model: Any, **options: Any) -> Any:
 def mlps(vit: Any) -> list[Any]:
     blocks = vit.encoder.layers if isinstance(vit, VisionTransformer) else vit.blocks
     return [block.mlp for block in blocks]
-
-
-def assert_same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 class Block(nn.Module):

@@ -14,6 +14,7 @@ from torch_geometric.utils import softmax as pyg_softmax
 from gmoe import sums as module
 from gmoe.edges import Edges
 from gmoe.sums import add_ends, blocks, dot, softmax, to_messages, weighted_sum
+from tests.helpers.kernels import check_second_and_third_gradients
 from tests.helpers.masked import features, random_graph
 
 
@@ -137,8 +138,4 @@ def test_second_and_third_gradients_are_those_of_the_sums(
     def run(*leaves: Tensor) -> Tensor:
         return compute(*(leaf.sin() for leaf in leaves), edges).square()
 
-    def differentiate(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(run(*leaves).sum(), leaves, create_graph=True)
-
-    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(differentiate, leaves, fast_mode=True)
+    check_second_and_third_gradients(run, leaves)

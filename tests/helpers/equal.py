@@ -6,5 +6,5 @@ import torch
 from torch import Tensor
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+def assert_same(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)

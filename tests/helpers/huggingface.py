@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,3 +49,26 @@ def run(model: Any) -> Tensor:
     torch.manual_seed(2)  # ViTMAE shuffles the patches
     out: Tensor = model(images)[0]
     return out
+
+
+def labeled_images(count: int) -> list[dict[str, Any]]:
+    """A data set for Trainer, of two classes."""
+    drawn = torch.Generator().manual_seed(0)
+    pixels = torch.randn(count, 3, 16, 16, generator=drawn)
+    return [{"pixel_values": one, "labels": i % 2} for i, one in enumerate(pixels)]
+
+
+def trainer_of(model: Any, folder: Path, counts: tuple[int, int], **options: Any) -> Any:
+    """A silent Trainer on so many images, of which it trains and evaluates."""
+    arguments = hf.TrainingArguments(
+        str(folder),
+        **{
+            "per_device_train_batch_size": 4,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **options,
+        },
+    )
+    train, evaluated = map(labeled_images, counts)
+    return hf.Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=evaluated)

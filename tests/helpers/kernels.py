@@ -5,7 +5,7 @@ Shapes: T tokens, E experts, P pairs sorted by expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,16 @@ def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         y, leaves, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return list(found)
+
+
+def check_second_and_third_gradients(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> None:
+    """Compare them with differences."""
+
+    def differentiate(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(*leaves).sum(), leaves, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(differentiate, leaves, fast_mode=True)
 
 
 def routings() -> list[Routing]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -114,13 +113,3 @@ def assert_holds(graph: GraphData, given: Arrays) -> None:
     assert torch.equal(data.y, torch.from_numpy(given["node_labels"]))
     assert torch.equal(data.edge_index, torch.from_numpy(given["edges"].T))
     assert graph.num_outputs == given["node_labels"].max() + 1
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import socket
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
 
+from tests.helpers.evil import Evil
 from tests.helpers.made_images import (
     SHADE,
     cut,
@@ -151,23 +151,13 @@ def test_cifar_is_torchvisions(
         load_images(name, tmp_path)
 
 
-class Attack:
-    """What makes a folder when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
 def test_a_pickle_that_is_not_cifars_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchvision unpickles its files, whose MD5s it knows."""
     write_cifar(tmp_path, CIFAR10, 10, monkeypatch)
     path = tmp_path / CIFAR10.base_folder / CIFAR10.train_list[0][0]
-    path.write_bytes(pickle.dumps(Attack(tmp_path / "ran")))
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     with pytest.raises(ValueError, match=r"cifar10: cannot be read .*; delete .*, and unpack"):
         load_images("cifar10", tmp_path)
     assert not (tmp_path / "ran").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 
 import gmoe
+from tests.helpers.evil import Evil
 from vision.models import TimmModel, layer_factors, vit_size
 
 NAME = "vit_tiny_patch16_224"
@@ -85,16 +85,6 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         made(path=tmp_path / "text.pth")
 
 
-class Attack:
-    """What runs a command when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
 def test_a_checkpoint_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With timm 1.0.15, too, which unpickles anything where it is not told otherwise."""
 
@@ -102,7 +92,7 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return load_state_dict(path, use_ema, weights_only=weights_only)
 
     monkeypatch.setattr("vision.models.load_state_dict", as_of_1_0_15)
-    torch.save({"weight": Attack(tmp_path / "ran")}, tmp_path / "evil.pth")
+    torch.save({"weight": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"checkpoint: got .*evil\.pth .*[Ww]eights.only"):
         made(path=tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()

@@ -12,15 +12,9 @@ import transformers as hf
 from torch import nn
 
 import gmoe
-from tests.helpers.huggingface import build
+from tests.helpers.huggingface import build, trainer_of
 
 STEPS = 4
-
-
-def images() -> list[dict[str, Any]]:
-    drawn = torch.Generator().manual_seed(0)
-    pixels = torch.randn(32, 3, 16, 16, generator=drawn)
-    return [{"pixel_values": one, "labels": i % 2} for i, one in enumerate(pixels)]
 
 
 class Seen(hf.TrainerCallback):
@@ -34,19 +28,10 @@ class Seen(hf.TrainerCallback):
         self.logs.append(dict(kwargs["logs"]))
 
 
-def trainer_of(model: Any, folder: Path, **options: Any) -> Any:
-    options = {
-        "max_steps": STEPS,
-        "logging_steps": 2,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **options,
-    }
-    arguments = hf.TrainingArguments(str(folder), **options)
-    return hf.Trainer(model=model, args=arguments, train_dataset=images(), eval_dataset=images())
+def unsaved(model: Any, folder: Path, **options: Any) -> Any:
+    """A Trainer that writes nothing."""
+    options = {"max_steps": STEPS, "logging_steps": 2, "save_strategy": "no", **options}
+    return trainer_of(model, folder, (32, 32), **options)
 
 
 CHECKPOINTING = {
@@ -69,7 +54,7 @@ CHECKPOINTING = {
 def test_it_logs_what_a_count_beside_it_finds(options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = gmoe.moefy(build("ViT"), num_experts=4)
-    trainer = trainer_of(model, tmp_path, **options)
+    trainer = unsaved(model, tmp_path, **options)
     seen = Seen()
     trainer.callback_handler.callbacks.insert(0, seen)  # where reporters stand
     trainer.add_callback(gmoe.TrainerHealth(trainer))
@@ -114,7 +99,7 @@ def test_it_says_once_what_to_do_about_a_collapse(tmp_path: Path) -> None:
         if isinstance(part, gmoe.TokenChoice):
             nn.init.zeros_(part.gate.weight)  # ties go to the first expert
             part.requires_grad_(False)
-    trainer = trainer_of(model, tmp_path, logging_steps=1)
+    trainer = unsaved(model, tmp_path, logging_steps=1)
     trainer.add_callback(gmoe.TrainerHealth(trainer))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -127,7 +112,7 @@ def test_it_says_once_what_to_do_about_a_collapse(tmp_path: Path) -> None:
 
 def test_it_leaves_no_hook_and_trains_again(tmp_path: Path) -> None:
     model: Any = gmoe.moefy(build("ViT"), num_experts=4)
-    trainer = trainer_of(model, tmp_path)
+    trainer = unsaved(model, tmp_path)
     callback = gmoe.TrainerHealth(trainer)
     trainer.add_callback(callback)
     for _ in range(2):
@@ -137,7 +122,7 @@ def test_it_leaves_no_hook_and_trains_again(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
-    trainer = trainer_of(build("ViT"), tmp_path)
+    trainer = unsaved(build("ViT"), tmp_path)
     trainer.add_callback(gmoe.TrainerHealth(trainer))
     with pytest.raises(ValueError, match=r"^model: got ViTForImageClassification without a router"):
         trainer.train()

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +24,7 @@ from gmoe.conv import matrix
 from gmoe.edges import Edges
 from gmoe.sums import _WeightedSum
 from tests.helpers.masked import features, mean_of_in_edges, random_graph
+from tests.helpers.one_process import one_process
 
 EDGES = random_graph(9, 9, 30)
 
@@ -149,14 +149,11 @@ def test_a_fully_sharded_layer_takes_a_graph_as_it_is(tmp_path: Path) -> None:
     graph = Graph(EDGES, 9, x=x, edge_weight=features(30).abs().float())
     layer = MoEConv("gcn", 4, 4, num_experts=2)
     layer(x, graph)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
+    with one_process(tmp_path):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
         mesh = init_device_mesh("cpu", (1,))
         sharded: Any = fully_shard(copy.deepcopy(layer), mesh=mesh, mp_policy=policy)
         found = sharded(x, graph)
-    finally:
-        dist.destroy_process_group()
     torch.testing.assert_close(found, layer.bfloat16()(x.bfloat16(), graph))
     assert graph.x is x
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from torch_geometric import nn as pyg
 from torch_geometric.nn import MessagePassing
@@ -21,6 +20,7 @@ from gmoe import Graph, MoEConv
 from tests.contract import opened
 from tests.helpers.conv_cases import KINDS, WIDTH, graph, layer
 from tests.helpers.masked import features, random_graph
+from tests.helpers.one_process import one_process
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*runs on the whole graph"),
@@ -71,12 +71,8 @@ def test_an_open_layer_is_not_frozen_and_keeps_its_type() -> None:
 
 def test_processes_refuse_an_open_layer(tmp_path: Path) -> None:
     """They would train parameters that none of them shares."""
-    init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(RuntimeError, match="uninitialized parameters"):
-            DistributedDataParallel(layer("gcn", -1))
-    finally:
-        destroy_process_group()
+    with one_process(tmp_path), pytest.raises(RuntimeError, match="uninitialized parameters"):
+        DistributedDataParallel(layer("gcn", -1))
 
 
 def test_a_first_call_that_records_gradients_warns_of_the_optimizer() -> None:

@@ -14,6 +14,8 @@ from torch_geometric.nn import GCNConv
 import gmoe
 from gmoe import MoE, record_routing
 from gmoe.routers import ByType
+from tests.helpers import sources
+from tests.helpers.sources import atoms, equal_with_gradients
 
 VALUES = [1, 6, 8]
 Z = torch.tensor([8, 6, 1, 6, 1, 8, 6])
@@ -35,21 +37,8 @@ class Net(nn.Module):
         return out
 
 
-def net(**options: Any) -> Any:
-    torch.manual_seed(0)
-    router = ByType("z", VALUES, batch="batch")
-    options = {"start": "copies", "mix": "weights"} | options
-    model = gmoe.moefy(Net().double(), targets="lin*", router=router, **options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "difference" in name:
-                parameter.normal_()
-    return model
-
-
-def features() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(len(Z), 4, dtype=torch.float64, generator=generator, requires_grad=True)
+def net(mix: Any = "weights") -> Any:
+    return sources.net(ByType("z", VALUES, batch="batch"), mix, Net())
 
 
 def shares() -> Tensor:
@@ -81,7 +70,7 @@ def test_tokens_of_other_types_lower_the_shares() -> None:
 @pytest.mark.parametrize("mix", ["weights", "outputs"])
 def test_a_moefied_model_mixes_by_composition(mix: Any) -> None:
     model = net(mix=mix)
-    x = features()
+    x = atoms()
     out = model(x, Z, batch=BATCH)
 
     def layer(moe: MoE, x: Tensor) -> Tensor:
@@ -91,17 +80,13 @@ def test_a_moefied_model_mixes_by_composition(mix: Any) -> None:
         return torch.einsum("te,teo->to", weight_TE, y_TEO)
 
     expected = layer(model.lin2, layer(model.lin1, x).tanh())
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    values = [x, *model.parameters()]
-    found = torch.autograd.grad(out.square().sum(), values)
-    wanted = torch.autograd.grad(expected.square().sum(), values)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+    equal_with_gradients(model, out, expected, x)
 
 
 def test_all_layers_share_the_decision_and_start_as_the_dense_model(tmp_path: Any) -> None:
     torch.manual_seed(0)
     dense = Net().double()
-    x = features()
+    x = atoms()
     expected = dense(x, Z)
     router = ByType("z", VALUES, batch="batch")
     model: Any = gmoe.moefy(dense, targets="lin*", router=router, start="copies", mix="weights")
@@ -136,7 +121,7 @@ def test_checkpoints_compute_with_the_same_shares(use_reentrant: bool) -> None:
     router = ByType("z", VALUES, batch="batch")
     gmoe.moefy(model.double(), targets="lin*", router=router, start="copies", mix="weights")
     model.load_state_dict(plain.state_dict())
-    x = features()
+    x = atoms()
     for one in (plain, model):
         one(x, Z, batch=BATCH).square().sum().backward()
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
@@ -144,7 +129,7 @@ def test_checkpoints_compute_with_the_same_shares(use_reentrant: bool) -> None:
 
 
 def test_export_refuses_it_by_name() -> None:
-    inputs = {"x": features().detach(), "z": Z, "batch": BATCH}
+    inputs = {"x": atoms().detach(), "z": Z, "batch": BATCH}
     with pytest.raises(ValueError, match=r"^torch\.export: got the composition of groups, expec"):
         torch.export.export(net().eval(), (), inputs, strict=False)
 
@@ -155,7 +140,7 @@ def test_compiled_it_is_the_same_for_any_number_of_groups() -> None:
     model = net()
     compiled = torch.compile(model, backend="aot_eager")
     for size in (7, 3, 4, 6, 2):  # of 5, types are as many as groups
-        x, z, batch = features()[:size], Z[:size], BATCH[:size]
+        x, z, batch = atoms()[:size], Z[:size], BATCH[:size]
         torch.testing.assert_close(compiled(x, z, batch=batch), model(x, z, batch=batch))
 
 
@@ -170,10 +155,10 @@ def test_what_does_not_fit_is_refused() -> None:
         (3, "integers, the group of each"),
     ):
         with pytest.raises(ValueError, match=rf"^batch: got .*, expected {legal}"):
-            net()(features(), Z, batch=batch)
+            net()(atoms(), Z, batch=batch)
     with pytest.raises(ValueError, match="routing: got a decision for each token, expected one"):
         gmoe.moefy(Net(), targets="lin*", router=ByType("z", VALUES), mix="weights")(
-            features().float(), Z
+            atoms().float(), Z
         )
     by_molecule = ByType("z", VALUES, batch="batch")
     for options, message in (

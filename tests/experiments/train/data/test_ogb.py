@@ -15,7 +15,7 @@ from torch import Tensor
 from experiments.train.data.ogb import KEPT, OGBMetric, files_of, load_ogb
 from experiments.train.data.published import published, without_update_check
 from tests.helpers.ogb_data import NAMES, NODES, numbers, plant, write
-from tests.helpers.user_data import Evil
+from tests.helpers.evil import Evil
 
 without_update_check()
 from ogb.graphproppred import Evaluator as OfGraphs  # noqa: E402

@@ -18,11 +18,11 @@ from experiments.train.config import GraphConfig
 from experiments.train.data.own_graph import graph_of, own_graph
 from experiments.train.kinds import kind_of
 from tests.helpers.command import quick
+from tests.helpers.evil import Evil
 from tests.helpers.user_data import (
     FORMS,
     NODES,
     SPLITS,
-    Evil,
     arrays,
     as_data,
     assert_holds,
