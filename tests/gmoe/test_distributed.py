@@ -27,7 +27,7 @@ from gmoe.routers import AttentionVote, ExpertChoice, MultiCentroid, TokenChoice
 from tests.helpers import sources
 
 D, E, T = 5, 4, 6
-STEPS = 20
+STEPS = 8
 NO_NOISE = patch("gmoe.routers.balance._drawn_like", torch.zeros_like)
 """Since processes draw their own."""
 
@@ -172,7 +172,7 @@ def trained(
     sharded: bool = False,
     attached: bool = False,
 ) -> dict[str, Any]:
-    """The gradients of the first step, and the state after twenty of SGD.
+    """The gradients of the first step, and the state after eight of SGD.
 
     ``empty``: the first process has all items. ``sharded``: by FSDP2 instead of DDP. ``attached``:
     the losses of the routers flow by themselves.
