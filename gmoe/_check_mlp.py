@@ -97,7 +97,7 @@ def _check_form(got: str, mlp: nn.Module, is_replaced: bool) -> None:
 def _is_same_in_its_dtype(mlp: nn.Module) -> bool:
     """Whether an MLP computes its form in its own precision, too, but for rounding."""
     dtype = dtype_of(mlp)
-    if dtype is None or not dtype.is_floating_point:
+    if dtype is None:
         return True
     copied = moved_copy(mlp, dtype)
     form = form_of_class(copied)

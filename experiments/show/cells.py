@@ -34,14 +34,13 @@ def read_cells(folder: Path, columns: Iterable[str], rows: Iterable[str] | None 
     return cells
 
 
-def differences(
-    cell: Mapping[str, Any], other: Mapping[str, Any], part: str = "test"
-) -> list[float]:
-    """Seed by seed of those that both ran, a cell's score minus another's, in points.
+def differences(cell: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
+    """Seed by seed of those that both ran, a cell's score on the test set minus another's, in
+    points.
 
     Of errors it is the difference as it is.
     """
-    return scores.differences(cell["metric"], *scores.of_shared_seeds(cell, other, part))
+    return scores.differences(cell["metric"], *scores.of_shared_seeds(cell, other))
 
 
 def read_prices(folder: Path) -> dict[str, Any]:

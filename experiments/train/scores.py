@@ -90,13 +90,13 @@ def differences(metric: str, ours: Sequence[float], theirs: Sequence[float]) -> 
 
 
 def of_shared_seeds(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], part: str = "test"
+    ours: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> tuple[list[float], list[float]]:
-    """The scores of two summaries on the seeds that both ran, pair by pair."""
-    by_seed = dict(zip(theirs["config"]["seeds"], theirs[part]["values"], strict=True))
+    """The scores of two summaries on the test set, on the seeds that both ran, pair by pair."""
+    by_seed = dict(zip(theirs["config"]["seeds"], theirs["test"]["values"], strict=True))
     pairs = [
         (value, by_seed[seed])
-        for seed, value in zip(ours["config"]["seeds"], ours[part]["values"], strict=True)
+        for seed, value in zip(ours["config"]["seeds"], ours["test"]["values"], strict=True)
         if seed in by_seed
     ]
     return [one for one, _ in pairs], [other for _, other in pairs]

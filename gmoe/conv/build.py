@@ -147,9 +147,7 @@ def _form_of(conv: MessagePassing) -> Form | None:
         return None
     if any(change_of(part) is not None for part in conv.modules()) or not stack.accepts(conv):
         return None
-    aggregation: set[nn.Module] = set()
-    if isinstance(conv.aggr_module, nn.Module):
-        aggregation = set(conv.aggr_module.modules())
+    aggregation = set(conv.aggr_module.modules())
     values: list[Hashable] = []
     for part in conv.modules():
         if part in aggregation:

@@ -171,9 +171,9 @@ def backward(
 U, R, M = 7, 9, 30
 
 
-def edges_of(number: int = M, receivers: int = R) -> Edges:
-    sender, receiver = random_graph(U, receivers, number)
-    return Edges.sorted(sender, receiver, U, receivers)
+def edges_of(number: int = M) -> Edges:
+    sender, receiver = random_graph(U, R, number)
+    return Edges.sorted(sender, receiver, U, R)
 
 
 def sums(heads: int, shared: bool, number: int = M, mixed: bool = False, sent: bool = False) -> Any:
@@ -197,10 +197,10 @@ def values(number: int = M, sent: bool = False) -> Any:
     return args
 
 
-def ends_product(heads: int, shared: bool, number: int = M, receivers: int = R) -> Any:
+def ends_product(heads: int, shared: bool, number: int = M) -> Any:
     def args(width: int, dtype: torch.dtype) -> Args:
-        edges = edges_of(number, receivers)
-        query = features(receivers, heads, width).to(dtype)
+        edges = edges_of(number)
+        query = features(R, heads, width).to(dtype)
         key = features(U, 1 if shared else heads, width).to(dtype)
         return query, key, edges.ptr, edges.sender, edges.receiver
 
