@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,29 +87,21 @@ def test_a_broken_run_is_named_and_the_others_are_reported(
     runs: Path, tmp_path: Path, capsys: Any
 ) -> None:
     weights = "seed-0/checkpoint/best.safetensors"  # a report shows what it can without them
-    ways: tuple[Callable[[Path], object], ...] = (cut, Path.unlink)
-    for part, break_it in product(
-        ("summary.json", "config.json", "seed-0/routing.csv", weights), ways
-    ):
+    ways: dict[str, Callable[[Path], object]] = {"cut": cut, "gone": Path.unlink}
+    for number, part in enumerate(("summary.json", "config.json", "seed-0/routing.csv", weights)):
         name = "images" if part == weights else "graph"
-        path = shutil.copytree(runs / name, tmp_path / "bad", dirs_exist_ok=True) / part
-        break_it(path)
+        paths = []
+        for way, break_it in ways.items():
+            paths.append(shutil.copytree(runs / name, tmp_path / f"{way}-{number}") / part)
+            break_it(paths[-1])
+        folders = [tmp_path / f"{way}-{number}" for way in ways]
         with nullcontext() if part == weights else pytest.raises(SystemExit, match="1"):
-            main(
-                [
-                    str(tmp_path / "bad"),
-                    str(runs / "graph-dense"),
-                    "--out",
-                    str(tmp_path / "report"),
-                ]
-            )
-        words = words_of(tmp_path / "report" / "index.html")
-        assert str(path) in words
-        assert (
-            ("Not drawn: " in words)
-            is (part == weights)
-            is (str(path) not in capsys.readouterr().err)
-        )
+            main([*map(str, folders), str(runs / "graph-dense"), "--out", str(tmp_path / "report")])
+        words, said = words_of(tmp_path / "report" / "index.html"), capsys.readouterr().err
+        assert words.count("Not drawn: ") == (2 if part == weights else 0)
+        for path in paths:
+            assert str(path) in words
+            assert (str(path) in said) is (part != weights)
         assert "graph-dense" in words
 
 

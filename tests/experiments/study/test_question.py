@@ -15,7 +15,7 @@ from experiments.train.data.task import Task
 from experiments.train.kinds import kind_of
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC
 
-COUNT = 800
+COUNT = 500
 
 
 @pytest.fixture(autouse=True)
