@@ -24,7 +24,7 @@ from experiments.study.front import (
 )
 from experiments.study.routers import ROWS, read_table
 from experiments.train.files import read_json
-from experiments.train.scores import Difference, mean_std
+from experiments.train.scores import Difference
 
 __all__ = [
     "BASE",
@@ -40,7 +40,6 @@ __all__ = [
     "curve",
     "difference",
     "differences",
-    "mean_std",
     "numbers_of",
     "over_dense",
     "part_of_width",

@@ -16,8 +16,6 @@ D = TypeVar("D", bound="Difference")
 
 def mean_std(values: Sequence[float], form: str = ".2f") -> str:
     """Mean ± sample standard deviation of values."""
-    if not values:
-        return "–"
     return shown(
         {"mean": statistics.fmean(values), "std": statistics.stdev(values) if values[1:] else None},
         form,

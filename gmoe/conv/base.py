@@ -128,10 +128,6 @@ class ConvExperts(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
 
-    @abstractmethod
-    def become(self, conv: MessagePassing) -> None:
-        """Make every expert a copy of this conv, which must be of their kind."""
-
     def check_kept(self, kept: Sequence[int]) -> None:
         """Refuse what :meth:`keep` cannot do, before anything changes."""
         return
@@ -234,6 +230,7 @@ class StackedExperts(HidesPrototype, ConvExperts, Stack):
         return dtype_of(self)
 
     def become(self, conv: MessagePassing) -> None:
+        """Make every expert a copy of this conv, which must be of their kind."""
         become(self, tensors_in(conv))
 
     def _check_parts(self) -> None:
@@ -332,10 +329,6 @@ class MixedExperts(ConvExperts):
     def reset_parameters(self) -> None:
         for group in self.groups:
             group.reset_parameters()
-
-    def become(self, conv: MessagePassing) -> None:
-        for group in self.groups:
-            group.become(conv)
 
     def check_kept(self, kept: Sequence[int]) -> None:
         for group in self.groups:

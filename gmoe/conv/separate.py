@@ -184,6 +184,7 @@ class SeparateExperts(ConvExperts):
             conv.reset_parameters()
 
     def become(self, conv: MessagePassing) -> None:
+        """Make every expert a copy of this conv, which must be of their kind."""
         for member in self.members:
             member.load_state_dict(conv.state_dict())
 
