@@ -7,13 +7,14 @@ and the rule.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from docs.plots.results import (
     BASE,
@@ -42,6 +43,7 @@ NAMES = ("width", "width-all", "width-pays")
 SHORT = ("flops", "parameters")
 """The costs of README's figure: what experts save, and what they take."""
 CONTROLS = {
+    "flops-64": "<",
     "input-again-64": "^",
     "random-64": "s",
     "dense-64-lr2": "v",
@@ -90,7 +92,7 @@ def draw(front: Front, costs: Sequence[str], controls: Mapping[str, str], theme:
     for axis in axes[:, 0]:
         axis.set_ylabel("points above dense, 64")
     legend_above(figure, *axes.flat, columns=3)
-    top = 0.3 if not controls else 0.6
+    top = 0.3 if not controls else 0.8
     figure.tight_layout(rect=(0, 0, 1, 1 - top / figure.get_figheight()))
     return figure
 
@@ -116,10 +118,21 @@ def _draw_panel(
             _mark(axis, cells, model, cost, theme.orange, marker, "none", model["label"])
     axis.axhline(0, color=theme.gray, linewidth=0.6, zorder=0)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axis.xaxis.set_major_locator(FixedLocator(_ticks(*axis.get_xlim())))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(COSTS[cost][0])
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers within the limits of a logarithmic axis: at most four, so that none overlap."""
+    decades = range(floor(log10(low)), ceil(log10(high)))
+    for parts in ((1, 1.5, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [part * 10.0**decade for decade in decades for part in parts]
+        within = [tick for tick in ticks if low <= tick <= high]
+        if len(within) <= 4:
+            return within
+    return within
 
 
 def _wins(model: Cell, cells: Cells, cost: str) -> bool:
