@@ -22,7 +22,7 @@ from docs.plots.__main__ import every_drawing, pages, render
 from docs.plots.results import read_finished
 from docs.plots.style import FIGURES
 from experiments.show.cells import differences
-from experiments.study.front import at_best_step, difference, read_front
+from experiments.study.front import at_best_step, difference, read_front, verdicts
 from experiments.study.width import COLUMNS
 from experiments.train.files import read_json
 from experiments.train.presets import DIGITS_GRAPH, MOSAIC, PRESETS
@@ -310,9 +310,11 @@ def test_what_the_readme_says_of_large_graphs_is_measured() -> None:
         assert gain is not None
         assert wide is not None
         assert gain.side == "above"
-        gains.append((gain.mean, wide.mean))
+        gains.append((gain.mean, wide.mean, column))
     first, second, third = sorted(gains, reverse=True)
     text = in_a_line(README)
     assert f"experts gain {first[0]:.1f}, {second[0]:.1f}, and {third[0]:.1f} points" in text
     said = f"{first[1]:.1f}, {second[1]:.1f}, and {third[1]:.1f}"
     assert f"Four times the width gains {said}, at four times the FLOPs" in text
+    assert verdicts(front[first[2]])[0].endswith("experts win at 32, 64, 128 wide")
+    assert "On the first, experts win by FLOPs at 32, 64, and 128 wide" in text

@@ -92,7 +92,7 @@ def draw(front: Front, costs: Sequence[str], controls: Mapping[str, str], theme:
     for axis in axes[:, 0]:
         axis.set_ylabel("points above dense, 64")
     legend_above(figure, *axes.flat, columns=3)
-    top = 0.3 if not controls else 0.8
+    top = 0.3 if not controls else 0.95
     figure.tight_layout(rect=(0, 0, 1, 1 - top / figure.get_figheight()))
     return figure
 
