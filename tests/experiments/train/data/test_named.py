@@ -21,8 +21,8 @@ from torch_geometric.datasets import actor
 
 from experiments.train.data.graphs import MASKS, per_class_splits, stratified_splits
 from experiments.train.data.named import FILTERED, PYG, TEXTS
-from tests.helpers.pyg_data import CLASSES, NODES, load, write_raw
 from tests.helpers.evil import Evil
+from tests.helpers.pyg_data import CLASSES, NODES, load, write_raw
 
 BY_ROC_AUC = {"minesweeper", "tolokers", "questions"}
 ONE_WAY = {"actor", *FILTERED, *TEXTS}

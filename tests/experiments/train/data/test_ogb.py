@@ -14,8 +14,8 @@ from torch import Tensor
 
 from experiments.train.data.ogb import KEPT, OGBMetric, files_of, load_ogb
 from experiments.train.data.published import published, without_update_check
-from tests.helpers.ogb_data import NAMES, NODES, numbers, plant, write
 from tests.helpers.evil import Evil
+from tests.helpers.ogb_data import NAMES, NODES, numbers, plant, write
 
 without_update_check()
 from ogb.graphproppred import Evaluator as OfGraphs  # noqa: E402
